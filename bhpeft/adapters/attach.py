@@ -1,0 +1,86 @@
+"""Put an adapter on the frozen base: a new one by its flags, or an existing one from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PretrainedConfig, PreTrainedModel
+
+from bhpeft.adapters.stock import adapter_config
+from bhpeft.errors import InputError
+
+
+def read_adapter_config(path: str) -> dict:
+    """The saved configuration of an adapter folder.
+
+    Raises:
+        InputError: no such folder, no adapter in it, or an unreadable one.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not Path(path).is_dir():
+        raise InputError(f"--adapter_path {path}: no such folder")
+    if not file.is_file():
+        raise InputError(f"--adapter_path {path}: the folder holds no adapter_config.json; give the adapter's folder")
+    if not (Path(path) / "adapter_model.safetensors").is_file():
+        raise InputError(f"--adapter_path {path}: the folder holds no adapter_model.safetensors; was saving cut short?")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid JSON ({error}); save the adapter again") from error
+
+
+def base_model_of(adapter_path: str) -> str:
+    """Hub id or folder of the base model an adapter was trained on."""
+    name = read_adapter_config(adapter_path).get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"--adapter_path {adapter_path}: it does not name its base model; give --base_model")
+    return name
+
+
+def check_adapter(arguments, config: PretrainedConfig, base_name: str) -> None:
+    """Everything about an adapter that can be wrong and be seen without the base model's weights.
+
+    Raises:
+        InputError: unknown targets, a folder that holds no adapter, or one of another base model.
+    """
+    if arguments.adapter_path is None:
+        adapter_config(arguments, config, base_name)
+        return
+    trained_on = base_model_of(arguments.adapter_path)
+    # A base keeps its name when its folder moves or it comes from the hub: only the last part has to agree.
+    if Path(trained_on).name != Path(base_name).name:
+        raise InputError(
+            f"--adapter_path {arguments.adapter_path}: trained on base model {trained_on!r}, not {base_name!r}; "
+            f"give --base_model {trained_on}"
+        )
+
+
+def attach_adapter(base: PreTrainedModel, arguments, base_name: str, trainable: bool = True) -> PeftModel:
+    """Return the base model with an adapter on it; the adapter's weights are fp32 and alone trainable.
+
+    It must come before DeepSpeed wraps the model: then the adapter's weights are still whole on every rank.
+
+    Args:
+        base: the frozen model.
+        arguments: an `AdapterArguments`.
+        base_name: hub id or folder of the base, written into the adapter's folder.
+        trainable: whether an existing adapter goes on training.
+
+    Raises:
+        InputError: the existing adapter's weights do not fit the base model.
+    """
+    if arguments.adapter_path is None:
+        model = get_peft_model(base, adapter_config(arguments, base.config, base_name))
+    else:
+        try:
+            model = PeftModel.from_pretrained(base, arguments.adapter_path, is_trainable=trainable)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"--adapter_path {arguments.adapter_path}: does not fit {base_name} ({reason})") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return model

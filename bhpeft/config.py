@@ -1,0 +1,286 @@
+"""Flags and recipes: dataclasses whose fields are the flags, and the parser that reads YAML and flags into them.
+
+A recipe (`--config FILE.yaml`) is a flat mapping of flag names to values; a flag on the command line beats
+the file. Every mistake is an `InputError` of one line, raised before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from bhpeft import environment
+from bhpeft.errors import InputError, nearest
+
+UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments puts where no --output_dir is given
+ADAPTER_NAMES = ("lora", "qlora", "prompt-tuning")
+LONG_PROMPTS = ("error", "truncate", "drop")
+
+
+def option(default, help: str, *aliases: str):  # noqa: A002 - `help` is argparse's own word
+    """A dataclass field that is a flag: its default, its one-line help, and further names for it."""
+    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
+
+
+@dataclass
+class BaseModelArguments:
+    """The frozen base model."""
+
+    base_model: str | None = option(None, "hub id or folder of the base model (with --adapter_path: its own base)")
+    revision: str = option("main", "revision of the base model on the hub")
+    load_in_4bit: bool = option(False, "quantise the frozen weights to NF4 with double quantisation (bitsandbytes)")
+    allow_full_precision: bool = option(False, "go on unquantised where 4-bit is asked for but cannot be had")
+    attn_implementation: str | None = option(None, "eager, sdpa or flash_attention_2 (default: the model's own)")
+
+
+@dataclass
+class AdapterArguments:
+    """The adapter: what is trained."""
+
+    adapter_name: str = option("lora", f"one of {', '.join(ADAPTER_NAMES)}")
+    adapter_path: str | None = option(None, "folder of an existing adapter: test it, or continue training it")
+    lora_rank: int = option(8, "rank r of the LoRA update (alpha / r) B A")
+    lora_alpha: float = option(16.0, "alpha of the LoRA update (alpha / r) B A")
+    lora_dropout: float = option(0.0, "dropout on the input of A while training")
+    target_modules: list[str] | None = option(None, "names of the modules LoRA is added to (default: by architecture)")
+    num_virtual_tokens: int = option(8, "prompt tuning: number of learned token embeddings before the input")
+    prompt_init_text: str | None = option(
+        "Determine whether the statement is true or false, and then provide reasoning:",
+        "prompt tuning: text whose token embeddings the prompt starts from (empty: random tokens)",
+    )
+
+    def __post_init__(self):
+        if self.adapter_name not in ADAPTER_NAMES:
+            raise InputError(
+                f"--adapter_name {self.adapter_name}: unknown adapter;{nearest(self.adapter_name, ADAPTER_NAMES)} "
+                f"Known: {', '.join(ADAPTER_NAMES)}"
+            )
+        for name in ("lora_rank", "lora_alpha", "num_virtual_tokens"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
+
+
+@dataclass
+class DataArguments:
+    """The rows, and how they become text."""
+
+    dataset_name: str | None = option(None, "generics, or a .csv, .tsv, .jsonl or .parquet file")
+    data_path: str | None = option(None, "folder of the dataset in its own distribution layout")
+    test_file: str | None = option(None, "file of test rows (default: a slice of the data is held out)")
+    text_column: str = option("text_input", "column of the input text")
+    label_column: str = option("text_label", "column of the expected answer")
+    exemplars_per_generic: int = option(1, "generics: exemplars taken of each generic in each file; 0 takes all")
+    data_fraction: float = option(1.0, "share of the data that is used at all, picked by --data_seed")
+    test_fraction: float = option(0.1, "share held out for the test where there is no --test_file")
+    validation_fraction: float = option(0.1, "share of the training data held out for --do_eval")
+    max_train_samples: int | None = option(None, "use at most this many training rows")
+    max_test_samples: int | None = option(None, "use at most this many test rows")
+    prompt_template: str = option("{text_input}", "text given to the model; {text_input} stands for the input")
+    max_length: int = option(64, "most tokens of prompt and answer together")
+    long_prompts: str = option("error", "prompts that leave no room for an answer: error, truncate or drop")
+    max_new_tokens: int = option(30, "most tokens generated for an answer")
+
+    def __post_init__(self):
+        for name in ("data_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be above 0 and at most 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(f"--validation_fraction {self.validation_fraction}: must be at least 0 and below 1")
+        for name in ("max_length", "max_new_tokens", "max_train_samples", "max_test_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value}: must be at least 1")
+        if self.exemplars_per_generic < 0:
+            raise InputError(f"--exemplars_per_generic {self.exemplars_per_generic}: must be 0 (all) or more")
+        if self.long_prompts not in LONG_PROMPTS:
+            raise InputError(f"--long_prompts {self.long_prompts}: must be one of {', '.join(LONG_PROMPTS)}")
+        if "{text_input}" not in self.prompt_template:
+            raise InputError(f"--prompt_template {self.prompt_template!r}: must contain {{text_input}}")
+
+
+@dataclass
+class OutputArguments:
+    """Where results go. The run's name is the training flag `--run_name`."""
+
+    results_dir: str = option("results", "folder of the results")
+    overwrite: bool = option(False, "replace the results and the adapter of an earlier run of the same name")
+    compare_base: bool = option(False, "answer the test rows with the frozen base as well, before training")
+
+
+@dataclass
+class TrainerArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the source projects' short names and this project's defaults."""
+
+    output_dir: str | None = option(None, "folder of the adapter and its checkpoints (default: adapters/RUN_NAME)")
+    do_train: bool = option(True, "train; with false the adapter of --adapter_path is only tested")
+    do_eval: bool = option(False, "compute the loss on held-out validation rows")
+    do_predict: bool = option(True, "answer the test rows and write them into the results")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW", "--lr")
+    per_device_train_batch_size: int = option(8, "rows per rank and micro-step in training", "--batch_size")
+    per_device_eval_batch_size: int = option(16, "rows per rank and step in evaluation", "--eval_batch_size")
+    num_train_epochs: float = option(3.0, "passes over the training rows", "--epochs")
+    save_strategy: str = option("epoch", "when checkpoints are written: no, epoch or steps")
+    save_total_limit: int | None = option(2, "checkpoints kept")
+    remove_unused_columns: bool = option(False, "drop columns the model's forward does not take (rows have none)")
+    logging_steps: float = option(10, "steps between two logged losses")
+    report_to: str | None = option("none", "TensorBoard, W&B and others, by the names transformers uses")
+    data_seed: int | None = option(42, "seed of the data's split, and of the order of rows")
+
+
+ARGUMENT_CLASSES = (BaseModelArguments, AdapterArguments, DataArguments, OutputArguments, TrainerArguments)
+
+
+@dataclass
+class Run:
+    """All settings of one run, and the one-line notes to show before it starts."""
+
+    base: BaseModelArguments
+    adapter: AdapterArguments
+    data: DataArguments
+    output: OutputArguments
+    training: TrainerArguments
+    precision: str  # "no" (fp32), "fp16" or "bf16"
+    notes: list[str]
+
+    @property
+    def load_in_4bit(self) -> bool:
+        return self.base.load_in_4bit or self.adapter.adapter_name == "qlora"
+
+    def as_dict(self) -> dict:
+        """The whole configuration, JSON-ready, secrets left out."""
+        settings = {"precision": self.precision, **self.training.to_sanitized_dict()}
+        for part in (self.base, self.adapter, self.data, self.output):
+            settings.update(dataclasses.asdict(part))
+        return {name: value for name, value in settings.items() if not name.endswith("_token")}
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one line, without the usage text of 200 flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. All flags: --help")
+
+
+def _flag_names(parser: _Parser) -> set[str]:
+    return {name[2:] for name in parser._option_string_actions if name.startswith("--")}
+
+
+def _recipe_as_flags(path: str, known: set[str]) -> list[str]:
+    """Read a recipe and return it as command-line words, so that file and flags are checked in one way."""
+    if not Path(path).is_file():
+        folder = Path(path).parent
+        found = [str(p) for p in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
+        close = difflib.get_close_matches(path, found, n=1, cutoff=0.5)
+        raise InputError(f"--config {path}: no such file." + (f" Did you mean {close[0]}?" if close else ""))
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: must be a mapping of flag names to values, as `lora_rank: 8`")
+    words: list[str] = []
+    for name, value in settings.items():
+        if str(name) not in known:
+            raise InputError(f"{path}: unknown key {name!r}.{nearest(str(name), known)} All keys: --help")
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def parse_arguments(argv: list[str] | None = None) -> Run:
+    """Read `--config FILE.yaml` and flags into a `Run`.
+
+    Args:
+        argv: words of the command line without the program's name; default `sys.argv[1:]`.
+
+    Raises:
+        InputError: unknown flag or key (with the nearest name), or a value that cannot be.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # A bare --debug asks for tracebacks (see errors.run_main); with a value it is transformers' own flag.
+    argv = [
+        word
+        for i, word in enumerate(argv)
+        if not (word == "--debug" and (i + 1 == len(argv) or argv[i + 1].startswith("--")))
+    ]
+    parser = _Parser(ARGUMENT_CLASSES, allow_abbrev=False, description="Fine-tune a frozen language model.")
+    parser.add_argument("--config", help="recipe: a YAML file of flag names and values; flags beat it")
+    known = _flag_names(parser)
+    config = _config_of(argv)
+    words = (_recipe_as_flags(config, known) if config else []) + argv
+    for word in words:
+        name = word.split("=")[0]
+        if name.startswith("--") and name[2:] not in known:
+            raise InputError(f"unknown flag {name}.{nearest(name[2:], known)} All flags: --help")
+
+    namespace, rest = parser.parse_known_args(words)
+    if rest:
+        raise InputError(f"{rest[0]!r}: a value without a flag. All flags: --help")
+    settings = vars(namespace)
+    precision, notes = environment.prepare(settings)
+    try:
+        base, adapter, data, output, training = parser.parse_dict(settings, allow_extra_keys=True)
+    except InputError:
+        raise
+    except ValueError as error:  # TrainingArguments refuses a value or a combination
+        raise InputError(str(error)) from error
+    environment.set_precision(training, precision)
+    run = Run(base, adapter, data, output, training, precision, notes)
+    _check(run)
+    return run
+
+
+def _config_of(argv: list[str]) -> str | None:
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
+                raise InputError("--config: names no file; give it one, as --config recipes/NAME.yaml")
+            return argv[i + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
+
+
+def _check(run: Run) -> None:
+    """Settings that only make sense together, and the names that follow from others."""
+    if not run.data.dataset_name:
+        raise InputError("--dataset_name: missing; give 'generics' or a .csv file with text_input,text_label")
+    if not run.base.base_model and not run.adapter.adapter_path:
+        raise InputError("--base_model: missing; give a hub id or a folder (or --adapter_path, which knows its base)")
+    if not run.training.do_train and not run.adapter.adapter_path:
+        raise InputError("--do_train false: there is nothing to test; give --adapter_path FOLDER")
+    if not (run.training.do_train or run.training.do_eval or run.training.do_predict):
+        raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; switch one on")
+    if run.training.run_name is None:
+        source = run.base.base_model or run.adapter.adapter_path
+        parts = [run.adapter.adapter_name, Path(source).name, Path(run.data.dataset_name).stem]
+        name = "_".join(parts if run.training.do_train else ["test", *parts])
+        run.training.run_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    if run.training.output_dir is None or run.training.output_dir == UNSET_OUTPUT_DIR:
+        run.training.output_dir = str(Path("adapters") / run.training.run_name)
+
+
+def check_output_dir(run: Run) -> None:
+    """Raise `InputError` if the run would write its adapter over another one and may not."""
+    folder = Path(run.training.output_dir)
+    if not run.training.do_train or run.output.overwrite or run.training.resume_from_checkpoint:
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(
+            f"{folder} exists and is not empty; choose another --run_name or --output_dir, or pass --overwrite"
+        )

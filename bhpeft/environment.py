@@ -1,0 +1,147 @@
+"""The machine and the launcher a run finds itself under: precision, process group, compiler, versions, memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import shutil
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from bhpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "numpy", "pandas")
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def under_deepspeed() -> bool:
+    """Whether `accelerate launch` was given a DeepSpeed configuration."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes")
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def prepare(settings: dict) -> tuple[str, list[str]]:
+    """Choose precision and process group for this machine, before `TrainingArguments` is built.
+
+    `accelerate launch` hands its settings over in environment variables; a flag beats them.
+
+    Args:
+        settings: every flag's value; `fp16`, `bf16` and `ddp_backend` are changed in place.
+
+    Returns:
+        The precision ("no", "fp16" or "bf16"), and one-line notes on what was asked for and cannot be had.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked data loaders would warn at every start
+    _quieten()
+    if settings["fp16"] and settings["bf16"]:
+        raise InputError("--fp16 and --bf16 are both on: choose one")
+    asked = "fp16" if settings["fp16"] else "bf16" if settings["bf16"] else None
+    asked = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision, notes = choose_precision(asked, device_precisions(under_deepspeed()))
+    # TrainingArguments refuses --bf16 without a GPU, though CPUs have it; the launcher's variable says it instead.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    settings["fp16"] = settings["bf16"] = False
+    if not torch.cuda.is_available():
+        settings["dataloader_pin_memory"] = False  # there is no device to copy to
+    launched = "LOCAL_RANK" in os.environ
+    if launched and not torch.cuda.is_available() and not settings["ddp_backend"]:
+        # Without a GPU accelerate counts one process under DeepSpeed unless it is told the backend.
+        settings["ddp_backend"] = "gloo"
+    return precision, notes
+
+
+def _quieten() -> None:
+    """Silence what libraries say at every start or step and no user can act on."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional CPU kernels that are not installed
+    # DeepSpeed calls collectives by names that torch 2.13 renamed: one warning a rank and step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+_tensor` is deprecated")
+
+
+def device_precisions(deepspeed: bool) -> set[str]:
+    """The half precisions this machine trains in: a subset of {"fp16", "bf16"}."""
+    if torch.cuda.is_available():
+        return {"fp16", "bf16"} if torch.cuda.is_bf16_supported(including_emulation=False) else {"fp16"}
+    if deepspeed and _cpu_has_fp16():
+        return {"fp16", "bf16"}
+    return {"bf16"}  # accelerate trains in fp16 on accelerators alone
+
+
+def _cpu_has_fp16() -> bool:
+    from deepspeed.accelerator import get_accelerator  # slow to import: only where it is in use
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
+def choose_precision(asked: str, available: set[str]) -> tuple[str, list[str]]:
+    """Return the precision to run in, and a note where it is not the one that was asked for."""
+    if asked == "no" or asked in available:
+        return asked, []
+    if asked not in DTYPES:
+        raise InputError(f"mixed precision {asked!r}: unknown here; choose no, fp16 or bf16")
+    other = "bf16" if asked == "fp16" else "fp16"
+    return other, [f"{asked} cannot be trained in on this device: using {other} instead"]
+
+
+def set_precision(training: TrainingArguments, precision: str) -> None:
+    """Tell built `TrainingArguments` the precision; the Trainer compares it with DeepSpeed's configuration."""
+    training.fp16 = precision == "fp16"
+    training.bf16 = precision == "bf16"
+
+
+def check_compiler(training: TrainingArguments) -> None:
+    """DeepSpeed compiles its CPU optimizer at first use; say what is missing before anything is loaded."""
+    plugin = training.deepspeed_plugin
+    if plugin is None or not training.do_train:
+        return
+    offload = plugin.deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if offload != "none" and missing and "CXX" not in os.environ:
+        raise InputError(
+            f"{' and '.join(missing)} not found: DeepSpeed compiles its CPU optimizer with them at first use; "
+            "install them (Debian: apt-get install g++ ninja-build), or set offload_optimizer_device: none"
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a run's numbers; absent ones are left out."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware() -> dict[str, str | int]:
+    """What the run ran on: devices, cores, ranks."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "gpu": gpu,
+        "gpus": torch.cuda.device_count(),
+        "cpu": platform.machine(),
+        "cores": os.cpu_count() or 0,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def peak_memory_mib() -> dict[str, float]:
+    """The most memory this process has held so far, in MiB: resident on the host, allocated on the GPU."""
+    unit = 1024 if sys.platform == "linux" else 1024**2  # kilobytes on Linux, bytes on macOS
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peak

@@ -1,0 +1,36 @@
+"""Errors a user can mend: one line that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_BAD_INPUT = 2  # as argparse uses it for wrong flags
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; `str(error)` is one line: what, where, what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's `main`; turn an `InputError` into one line on stderr and exit code 2.
+
+    With `--debug` on the command line the traceback is shown as well.
+    """
+    try:
+        main()
+    except InputError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,100 @@
+"""Training: `transformers.Trainer` with two methods of its own, one to answer and one to save sharded adapters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from bhpeft.prediction import generate, label_log_likelihoods
+
+
+@dataclass
+class Answers:
+    """What the model answered to the test rows, in their order, complete on every rank.
+
+    Attributes:
+        index: (N,) which example each row is.
+        tokens: (N, max_new_tokens) generated token ids.
+        log_likelihoods: (N, C) of each label as the opening of the answer, or None without labels.
+    """
+
+    index: np.ndarray
+    tokens: np.ndarray
+    log_likelihoods: np.ndarray | None
+
+
+class AdapterTrainer(Trainer):
+    """Trains the adapter of a frozen model, answers, and saves the adapter alone.
+
+    Everything else (sharding, accumulation, checkpoints, logging, resuming) is the Trainer's.
+    """
+
+    generation_config: GenerationConfig
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss for rows with labels; for rows to answer: their index, generated tokens and label scores."""
+        if "labels" in inputs:
+            return super().prediction_step(model, inputs, True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with self.compute_loss_context_manager():
+            # Not through `model`, DeepSpeed's wrapper: it has no generate. The layers gather their shards themselves.
+            tokens = generate(self.model, ids, mask, self.generation_config)
+            outputs = [inputs["index"], tokens]
+            if "label_ids" in inputs:
+                outputs.append(label_log_likelihoods(model, ids, mask, inputs["label_ids"]))
+        return None, tuple(outputs), None
+
+    def answer(self, rows: Sequence[dict]) -> Answers:
+        """Answer test rows on all ranks and gather the answers.
+
+        Args:
+            rows: as of `Encoder.test_rows`.
+        """
+        index, tokens, *scores = self.predict(rows).predictions
+        # Ranks take equal numbers of rows, so some rows are answered twice: keep each once.
+        _, first = np.unique(index, return_index=True)
+        return Answers(index[first], tokens[first], scores[0][first] if scores else None)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter as a PEFT folder. Every rank must call it.
+
+        Under ZeRO-3 a rank holds shards: the trainable weights are gathered first, and every rank runs peft's
+        saving code, because that runs the prompt encoder, whose forward pass is itself collective. Rank 0 writes.
+        """
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with gathered(trainable):
+            self.model.save_pretrained(
+                output_dir or self.args.output_dir,
+                is_main_process=self.args.should_save,
+                save_embedding_layers=False,  # the base is frozen; looking whether it is would ask the hub
+            )
+        self.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[torch.nn.Parameter]):
+    """Make sharded parameters whole on every rank for the length of the block; do nothing without ZeRO-3."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+class BeforeTraining(TrainerCallback):
+    """Calls a function once the model is wrapped and sharded, before the first step."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.function()
