@@ -43,6 +43,15 @@ def first_word_truth(output: str) -> str:
     return word if word in ("true", "false") else "irregular"
 
 
+def expected_truth(text: str) -> str:
+    """Return the truth an expected answer states: its first word's, or else `truth_of` the whole text.
+
+    The first word comes first because an explanation may hold the other word ("False, not all are true flies.").
+    """
+    truth = first_word_truth(text)
+    return truth_of(text, full=True) if truth == "irregular" else truth
+
+
 def exemplar_kind(query: str) -> str | None:
     """Return "neg" for queries "All ..." and "Not all ...", "pos" for "Some ..." and "No ...", else None.
 
@@ -67,7 +76,7 @@ def accuracy_counts(
     """Compare each output's truth with that of its expected text.
 
     `kind` "neg" or "pos" counts only the rows of that `exemplar_kind`. `strict` lets the first word
-    decide (`first_word_truth`) in place of `truth_of`. The expected text is always read whole. An output
+    decide (`first_word_truth`) in place of `truth_of`. An output
     without a truth is a tie, never correct; a row whose expected text states none is never correct.
     """
     correct = tie = total = 0
@@ -78,7 +87,7 @@ def accuracy_counts(
         total += 1
         if truth not in ("true", "false"):
             tie += 1
-        elif truth == truth_of(row.expected, full=True):
+        elif truth == expected_truth(row.expected):
             correct += 1
     return AccuracyCounts(correct, tie, total - correct - tie, total, correct / total if total else math.nan)
 
@@ -103,8 +112,7 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[fl
 def first_word_baseline(train_pairs: Iterable[Pair], test_pairs: Iterable[Pair]) -> float:
     """Return the accuracy on test that the first word of the query alone would give.
 
-    Pairs are (query, answer); an answer's truth is `truth_of` the whole text and pairs without one are
-    left out. Each first word predicts the majority truth it has in train, an unseen or evenly split word
+    Pairs are (query, answer); pairs whose answer has no `expected_truth` are left out. Each first word predicts the majority truth it has in train, an unseen or evenly split word
     the majority overall. The same list given twice yields the in-sample figure; NaN where either is empty.
     """
     seen: dict[str, Counter] = defaultdict(Counter)
@@ -125,7 +133,7 @@ def first_word_baseline(train_pairs: Iterable[Pair], test_pairs: Iterable[Pair])
 
 
 def _with_truth(pairs: Iterable[Pair]) -> Iterable[Pair]:
-    labelled = ((query, truth_of(answer, full=True)) for query, answer in pairs)
+    labelled = ((query, expected_truth(answer)) for query, answer in pairs)
     return (pair for pair in labelled if pair[1] != "tie")
 
 

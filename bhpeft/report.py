@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bhpeft.metrics import accuracy_counts, first_word_baseline, truth_of, wilson_interval
+from bhpeft.metrics import accuracy_counts, expected_truth, first_word_baseline, truth_of, wilson_interval
 from bhpeft.results import ModelOutput
 
 SURE = 0.9  # a probability from which on an answer is called sure
@@ -44,9 +44,7 @@ def predictions_table(
     if not labels:
         rows = [(i, row.expected, row.output) for i, row in zip(ids, outputs, strict=True)]
         return pd.DataFrame(rows, columns=["id", "label", "prediction"])
-    rows = [
-        (i, truth_of(row.expected, full=True), truth_of(row.output)) for i, row in zip(ids, outputs, strict=True)
-    ]
+    rows = [(i, expected_truth(row.expected), truth_of(row.output)) for i, row in zip(ids, outputs, strict=True)]
     table = pd.DataFrame(rows, columns=["id", "label", "prediction"])
     p = label_probabilities(log_likelihoods)
     for column, label in enumerate(labels):

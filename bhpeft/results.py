@@ -461,12 +461,21 @@ class RunFiles:
         self.descriptions = self.results_dir / "model_descriptions"
 
     def check_free(self, overwrite: bool) -> None:
-        """Raise `InputError` if a file of this run exists and may not be replaced."""
+        """Raise `InputError` if a file of this run exists and may not be replaced.
+
+        Scores that a person gave are never replaced, `overwrite` or not.
+        """
         files = [self.model_outputs, self.human_evaluation, self.predictions, self.metrics]
         files += sorted(self.plots.glob("*"))
         for path in files:
             if path.exists() and not overwrite:
                 raise InputError(f"{path} exists; choose another --run_name or pass --overwrite.")
+        if self.human_evaluation.exists():
+            scores = read_human_evaluation(self.human_evaluation)
+            if any(row.factual is not None or row.justifies is not None for row in scores):
+                raise InputError(
+                    f"{self.human_evaluation} holds scores a person gave; move it away, or choose another --run_name."
+                )
 
     def prepare(self) -> None:
         """Make the folders; `InputError` where one cannot be made or written to."""

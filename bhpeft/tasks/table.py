@@ -12,7 +12,7 @@ from bhpeft.tasks.example import Example
 READERS = {
     ".csv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
     ".tsv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False, sep="\t", quoting=3),  # 3: no quotes
-    ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
+    ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
     ".parquet": pd.read_parquet,
 }
 

@@ -1,0 +1,36 @@
+# make demo [ADAPTER=lora|qlora|prompt-tuning]   the whole pipeline in minutes, on CPU or GPU
+# make test                                      all tests
+# make lint                                      ruff
+# Each sets up .venv itself. A GPU build, or another CPU build, of torch: make demo TORCH="torch==2.13.0 ..."
+PYTHON  ?= python3
+TORCH   ?= torch==2.13.0
+ADAPTER ?= lora
+# One rank a GPU; without GPUs two ranks where there are two cores.
+RANKS   ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU | grep -v '^0$$' || { [ $$(nproc) -ge 2 ] && echo 2 || echo 1; })
+BIN     := .venv/bin
+# With the environment's programs first: DeepSpeed looks for `ninja` on the PATH.
+RUN     := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(RUN) accelerate launch --config_file ds_zero3_cpu.yaml --num_processes $(RANKS) demo/demo.py --adapter_name $(ADAPTER)
+
+test: .venv/test-ready
+	$(RUN) HF_HUB_OFFLINE=1 python -m pytest
+
+lint: .venv/test-ready
+	$(RUN) ruff check .
+
+.venv/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel $(TORCH)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+.venv/test-ready: .venv/ready requirements-test.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,131 @@
+"""Recipes and flags: what beats what, short names, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from bhpeft import environment
+from bhpeft.config import check_output_dir, parse_arguments
+from bhpeft.errors import InputError, nearest
+
+BASE = ["--base_model", "m", "--dataset_name", "generics"]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # restored after the test; parsing sets it
+
+
+def recipe(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_a_flag_beats_the_recipe_and_the_recipe_beats_the_default(tmp_path):
+    file = recipe(tmp_path, "base_model: m\ndataset_name: generics\nlora_rank: 4\nlearning_rate: 3e-3\nbatch_size: 5\n")
+    run = parse_arguments(["--config", file, "--lora_rank", "32"])
+    assert (run.adapter.lora_rank, run.training.learning_rate, run.training.per_device_train_batch_size) == (32, 3e-3, 5)
+    assert run.adapter.lora_alpha == 16.0
+
+
+def test_short_names_of_the_source_projects():
+    run = parse_arguments([*BASE, "--lr", "0.5", "--batch_size", "3", "--epochs", "7"])
+    training = run.training
+    assert (training.learning_rate, training.per_device_train_batch_size, training.num_train_epochs) == (0.5, 3, 7)
+
+
+def test_lists_booleans_and_nothing_in_a_recipe(tmp_path):
+    text = "base_model: m\ndataset_name: generics\ntarget_modules: [q_proj, v_proj]\nload_in_4bit: true\n"
+    run = parse_arguments(["--config", recipe(tmp_path, text + "do_predict: false\nmax_train_samples:\n")])
+    assert run.adapter.target_modules == ["q_proj", "v_proj"]
+    assert run.load_in_4bit and not run.training.do_predict and run.data.max_train_samples is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora_rnk", "4"], ["--lora_rnk", "Did you mean 'lora_rank'?"]),
+        (["--lora_rank", "four"], ["--lora_rank", "four"]),
+        (["--lora_rank", "0"], ["--lora_rank 0", "above 0"]),
+        (["--lora_dropout", "1.5"], ["--lora_dropout"]),
+        (["--adapter_name", "lorra"], ["lorra", "Did you mean 'lora'?"]),
+        (["--fp16", "--bf16"], ["--fp16 and --bf16"]),
+        (["--test_fraction", "0"], ["--test_fraction 0"]),
+        (["--data_fraction", "1.5"], ["--data_fraction"]),
+        (["--max_length", "0"], ["--max_length 0"]),
+        (["--prompt_template", "x"], ["{text_input}"]),
+        (["--long_prompts", "cut"], ["--long_prompts cut", "truncate"]),
+        (["--do_train", "false"], ["--adapter_path"]),
+        (["--do_train", "maybe"], ["maybe"]),
+        (["stray"], ["'stray'"]),
+        (["--config"], ["--config"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+        (["--lr_scheduler_type", "zigzag"], ["zigzag"]),
+        (["--warmup_steps", "-3"], ["warmup_steps"]),
+    ],
+)
+def test_mistakes_in_flags(flags, words):
+    with pytest.raises(InputError) as error:
+        parse_arguments([*BASE, *flags])
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lora_rnk: 4", ["unknown key 'lora_rnk'", "Did you mean 'lora_rank'?"]),
+        ("- a\n- b", ["mapping"]),
+        ("a: [", ["not valid YAML"]),
+        ("base_model: m", ["--dataset_name: missing"]),
+        ("dataset_name: generics", ["--base_model: missing"]),
+    ],
+)
+def test_mistakes_in_recipes(tmp_path, text, words):
+    with pytest.raises(InputError) as error:
+        parse_arguments(["--config", recipe(tmp_path, text)])
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_names_follow_from_the_run():
+    run = parse_arguments(["--base_model", "EleutherAI/pythia 1b", "--dataset_name", "data/rows.csv"])
+    assert run.training.run_name == "lora_pythia-1b_rows"
+    assert run.training.output_dir == "adapters/lora_pythia-1b_rows"
+
+
+def test_an_adapter_is_not_written_over(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    flags = [*BASE, "--output_dir", str(tmp_path)]
+    with pytest.raises(InputError, match="--overwrite"):
+        check_output_dir(parse_arguments(flags))
+    check_output_dir(parse_arguments([*flags, "--overwrite"]))
+    check_output_dir(parse_arguments([*BASE, "--output_dir", str(tmp_path / "new")]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "available", "precision", "told"),
+    [
+        ("no", {"bf16"}, "no", False),
+        ("fp16", {"fp16", "bf16"}, "fp16", False),
+        ("fp16", {"bf16"}, "bf16", True),
+        ("bf16", {"fp16"}, "fp16", True),
+    ],
+)
+def test_precision_is_the_one_asked_for_or_said(asked, available, precision, told):
+    chosen, notes = environment.choose_precision(asked, available)
+    assert chosen == precision and len(notes) == told and all(asked in note for note in notes)
+
+
+def test_precision_reaches_the_trainer():
+    run = parse_arguments([*BASE, "--bf16"])
+    assert run.precision == "bf16" and run.training.bf16 and run.training.mixed_precision == "bf16"
+    run = parse_arguments([*BASE, "--fp16"])  # without DeepSpeed a CPU trains in bf16
+    assert run.precision in ("fp16", "bf16") and run.training.mixed_precision == run.precision
+    assert bool(run.notes) == (run.precision != "fp16")
+
+
+def test_nearest_says_nothing_where_nothing_is_near():
+    assert nearest("zzzzzz", ["lora_rank"]) == ""
