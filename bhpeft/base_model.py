@@ -120,7 +120,8 @@ def load_base_model(
 ) -> PreTrainedModel:
     """Load a causal language model with every weight frozen.
 
-    Under ZeRO-3 each rank keeps its shard alone, from the first weight on (`zero3_init_flag`).
+    Under ZeRO-3 each rank keeps its shard alone, from the first weight on (`zero3_init_flag`). 4-bit weights are
+    the exception: transformers loads them whole on every rank, and DeepSpeed shards them when it takes the model.
     `TrainingArguments` must exist before: they tell transformers about the launcher's DeepSpeed settings.
 
     Args:
@@ -139,16 +140,29 @@ def load_base_model(
         quantization_config=quantisation_config(precision) if in_4bit else None,
     )
     model.requires_grad_(False)
-    if in_4bit and count_4bit_layers(model) == 0:
-        raise RuntimeError(f"{name}: asked for 4-bit weights, yet no layer was quantised")
-    if is_deepspeed_zero3_enabled() and not is_sharded(model):
+    if in_4bit:
+        layers = _layers_4bit(model)
+        if not layers:
+            raise RuntimeError(f"{name}: asked for 4-bit weights, yet no layer was quantised")
+        for layer in layers:
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights in place at its first forward in
+            # evaluation mode and notes so in the quantisation state. Under ZeRO-3 the repacked copy is freed after the
+            # forward and the shard comes back in the old layout: silently wrong from then on. (modules.py, forward)
+            layer.support_avx512bf16_for_cpu = False
+    if is_deepspeed_zero3_enabled() and not in_4bit and not is_sharded(model):
         raise RuntimeError(f"{name}: ZeRO-3 is on, yet its weights are whole; is zero3_init_flag true?")
     return model
 
 
+def _layers_4bit(model: torch.nn.Module) -> list[torch.nn.Module]:
+    # peft names its LoRA layer over them alike, so the library decides as well as the name.
+    modules = model.modules()
+    return [m for m in modules if type(m).__name__ == "Linear4bit" and type(m).__module__.startswith("bitsandbytes")]
+
+
 def count_4bit_layers(model: torch.nn.Module) -> int:
     """Number of linear layers that bitsandbytes holds in 4 bit."""
-    return sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+    return len(_layers_4bit(model))
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -165,11 +179,7 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int | float]:
     4-bit layers pack two or more weights into one stored number: their true size is that of the layer.
     """
     trainable = everything = 0
-    packed = {
-        id(module.weight): module.in_features * module.out_features
-        for module in model.modules()
-        if type(module).__name__ == "Linear4bit"
-    }
+    packed = {id(layer.weight): layer.in_features * layer.out_features for layer in _layers_4bit(model)}
     for parameter in model.parameters():
         count = packed.get(id(parameter)) or getattr(parameter, "ds_numel", parameter.numel())
         everything += count

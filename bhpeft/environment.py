@@ -56,10 +56,10 @@ def prepare(settings: dict) -> tuple[str, list[str]]:
     settings["fp16"] = settings["bf16"] = False
     if not torch.cuda.is_available():
         settings["dataloader_pin_memory"] = False  # there is no device to copy to
-    launched = "LOCAL_RANK" in os.environ
-    if launched and not torch.cuda.is_available() and not settings["ddp_backend"]:
-        # Without a GPU accelerate counts one process under DeepSpeed unless it is told the backend.
-        settings["ddp_backend"] = "gloo"
+        if "LOCAL_RANK" in os.environ:
+            # Without a GPU accelerate counts one process, unless DeepSpeed is told its backend and torch the CPU.
+            settings["ddp_backend"] = settings["ddp_backend"] or "gloo"
+            settings["use_cpu"] = settings["use_cpu"] or not under_deepspeed()
     return precision, notes
 
 

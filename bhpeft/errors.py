@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -32,5 +33,6 @@ def run_main(main: Callable[[], None]) -> None:
     except InputError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same error; one says it
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -144,3 +144,15 @@ def test_4bit_really_quantises_and_counts_true_sizes(tiny_model):
     ids = torch.arange(3, 13)[None]
     a, b = whole(ids).logits, packed(ids).logits.float()
     assert not torch.allclose(a, b, atol=1e-4) and torch.nn.functional.cosine_similarity(a, b, dim=-1).min() > 0.9
+
+
+def test_4bit_weights_keep_their_layout_in_evaluation(tiny_model):
+    """bitsandbytes repacks weights in place on some CPUs, which ZeRO-3 cannot follow (see load_base_model)."""
+    model = load_base_model(str(tiny_model), precision="bf16", in_4bit=True).eval()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        first = model(torch.arange(3, 13)[None]).logits
+    assert torch.equal(weight.view(torch.uint8), before.view(torch.uint8))
+    model.train()
+    assert torch.equal(model(torch.arange(3, 13)[None]).logits, first)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bhpeft.adapters.stock import adapter_config
@@ -58,7 +58,7 @@ def check_adapter(arguments, config: PretrainedConfig, base_name: str) -> None:
         )
 
 
-def attach_adapter(base: PreTrainedModel, arguments, base_name: str, trainable: bool = True) -> PeftModel:
+def attach_adapter(base: PreTrainedModel, arguments, base_name: str) -> PeftModel:
     """Return the base model with an adapter on it; the adapter's weights are fp32 and alone trainable.
 
     It must come before DeepSpeed wraps the model: then the adapter's weights are still whole on every rank.
@@ -67,7 +67,6 @@ def attach_adapter(base: PreTrainedModel, arguments, base_name: str, trainable: 
         base: the frozen model.
         arguments: an `AdapterArguments`.
         base_name: hub id or folder of the base, written into the adapter's folder.
-        trainable: whether an existing adapter goes on training.
 
     Raises:
         InputError: the existing adapter's weights do not fit the base model.
@@ -75,12 +74,24 @@ def attach_adapter(base: PreTrainedModel, arguments, base_name: str, trainable: 
     if arguments.adapter_path is None:
         model = get_peft_model(base, adapter_config(arguments, base.config, base_name))
     else:
-        try:
-            model = PeftModel.from_pretrained(base, arguments.adapter_path, is_trainable=trainable)
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"--adapter_path {arguments.adapter_path}: does not fit {base_name} ({reason})") from error
+        model = _load_adapter(base, arguments.adapter_path, base_name)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+    return model
+
+
+def _load_adapter(base: PreTrainedModel, path: str, base_name: str) -> PeftModel:
+    prompt_learning = PeftConfig.from_pretrained(path).is_prompt_learning
+    try:
+        # peft refuses to load a prompt as trainable; loaded as it is, it is made trainable below.
+        model = PeftModel.from_pretrained(base, path, is_trainable=not prompt_learning)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--adapter_path {path}: does not fit {base_name} ({reason})") from error
+    if prompt_learning:
+        # Also for a test alone: in inference mode peft reads the embedding's weight directly, and under ZeRO-3 only
+        # the forward pass of its module makes it whole.
+        model.active_peft_config.inference_mode = False
+        model.prompt_encoder.requires_grad_(True)
     return model
