@@ -24,8 +24,8 @@ from bhpeft.base_model import (
 )
 from bhpeft.config import Run, check_output_dir, parse_arguments
 from bhpeft.errors import InputError, run_main
-from bhpeft.record import Answered, say, write_run
 from bhpeft.prediction import decode_answers, greedy_config
+from bhpeft.record import Answered, say, write_run
 from bhpeft.results import ModelOutput, RunFiles
 from bhpeft.tasks import load_task
 from bhpeft.tasks.encoding import Collator, Encoder

@@ -37,7 +37,7 @@ def load_config(name: str, revision: str = "main") -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"--base_model {name}: no such folder, and not to be had from the hub ({first_line})") from error
+        raise InputError(f"--base_model {name}: no such folder, nor on the hub ({first_line})") from error
 
 
 def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:

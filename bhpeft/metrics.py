@@ -76,8 +76,8 @@ def accuracy_counts(
     """Compare each output's truth with that of its expected text.
 
     `kind` "neg" or "pos" counts only the rows of that `exemplar_kind`. `strict` lets the first word
-    decide (`first_word_truth`) in place of `truth_of`. An output
-    without a truth is a tie, never correct; a row whose expected text states none is never correct.
+    decide (`first_word_truth`) in place of `truth_of`. An output without a truth is a tie, never correct; a row
+    whose expected text states none (`expected_truth`) is never correct.
     """
     correct = tie = total = 0
     for row in outputs:
@@ -112,8 +112,9 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[fl
 def first_word_baseline(train_pairs: Iterable[Pair], test_pairs: Iterable[Pair]) -> float:
     """Return the accuracy on test that the first word of the query alone would give.
 
-    Pairs are (query, answer); pairs whose answer has no `expected_truth` are left out. Each first word predicts the majority truth it has in train, an unseen or evenly split word
-    the majority overall. The same list given twice yields the in-sample figure; NaN where either is empty.
+    Pairs are (query, answer); those whose answer has no `expected_truth` are left out. Each first word predicts
+    the majority truth it has in train, an unseen or evenly split word the majority overall. The same list given
+    twice yields the in-sample figure; NaN where either is empty.
     """
     seen: dict[str, Counter] = defaultdict(Counter)
     overall: Counter = Counter()

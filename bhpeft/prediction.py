@@ -85,7 +85,8 @@ def _insert_after_padding(
     padding = length - mask.sum(1, keepdim=True)  # (B, 1)
     # Row order of [prompts, embedded], read so that each row's padding comes first.
     place = torch.arange(virtual + length, device=mask.device).expand(batch, -1)
-    order = torch.where(place < padding, place + virtual, torch.where(place < padding + virtual, place - padding, place))
+    order = torch.where(place < padding + virtual, place - padding, place)
+    order = torch.where(place < padding, place + virtual, order)
     joined = torch.cat([prompts, embedded], 1)
     mask = torch.cat([mask.new_ones(batch, virtual), mask], 1).gather(1, order)
     return joined.gather(1, order[..., None].expand_as(joined)), mask

@@ -101,7 +101,9 @@ def sentence(figures: dict) -> str:
         return f"{figures['exact_match']:.1%} of the answers equal the expected ones word for word."
     confidence, right = figures["mean_confidence"], figures["scored_accuracy"]
     gap = confidence - right
-    verdict = "about as sure as it may be" if abs(gap) <= 0.03 else "too sure" if gap > 0 else "less sure than it could be"
+    verdict = (
+        "too sure" if gap > 0.03 else "less sure than it could be" if gap < -0.03 else "about as sure as it may be"
+    )
     text = (
         f"Asked for true or false, it gives its answer a probability of {confidence:.0%} on average and is right in "
         f"{right:.0%}: {verdict}."

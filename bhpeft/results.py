@@ -1,25 +1,23 @@
 """The files of `results/`: what a run leaves behind, and how to read it again (see results/README.md).
 
-Every write goes to a temporary file beside the target, is flushed to disk and then renamed over it, so
-a reader sees the old file or the new one and never a half. Plain Python; pandas only for predictions.
+Plain Python; pandas only for predictions.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bhpeft.errors import InputError, nearest
+from bhpeft.errors import InputError
+from bhpeft.files import column_indices, csv_line, read_rows, read_text, write_atomic
 
 if TYPE_CHECKING:
     import pandas
@@ -31,119 +29,6 @@ PREDICTION_COLUMNS = ["id", "label", "prediction"]
 TAGS = {"<QUERY>": "\t\t\t ", "<MODEL OUTPUT>": "\t\t ", "<EXPECTED OUTPUT>": "\t "}  # tag -> what follows it
 _TAG = "|".join(TAGS)
 _SCORES = {"": None, "0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets write 1.0 once a cell is empty
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def read_text(path: str | Path) -> str:
-    """Return a UTF-8 file's text with its line ends as they are; a byte order mark is dropped."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = data[error.start]
-        raise InputError(f"{path}:{line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8.") from None
-
-
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; its folder is made, `InputError` where that cannot be done."""
-    path = Path(os.path.realpath(path))  # through a link: replace what it points at
-    try:
-        data = content.encode("utf-8") if isinstance(content, str) else content
-    except UnicodeEncodeError as error:
-        line = content.count("\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}:{line}: half a surrogate pair ({content[error.start]!a}) cannot be written "
-            "as UTF-8; mend the text it comes from."
-        ) from None
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(beside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); choose another folder "
-            "or make room and permission."
-        ) from None
-
-
-def input_files(given: Sequence[str | Path], folder: Path, suffix: str) -> list[Path]:
-    """Return the files a script reads: those given (a folder stands for its files), else all of `folder`."""
-    files = []
-    for path in [Path(path) for path in given] or [folder]:
-        if path.is_dir():
-            found = sorted(file for file in path.glob(f"*{suffix}") if file.is_file())
-            if not found:
-                raise InputError(f"{path}: no {suffix} file in this folder; name the files to read.")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            names = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
-            raise InputError(f"{path}: no such file or folder; check the path.{nearest(path.name, names)}")
-    return files
-
-
-def read_rows(
-    path: str | Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL
-) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return a CSV file's header and its rows, each with the line it begins on.
-
-    Raises `InputError` for an empty file, broken quoting, or a row with more or fewer fields than the header.
-    """
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
-    text = io.StringIO(read_text(path), newline="")
-    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
-    rows, line = [], 1
-    try:
-        for row in reader:
-            if row:
-                rows.append((line, row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{path}:{line}: {error}; mend the quoting of this row.") from None
-    if not rows:
-        raise InputError(f"{path}: the file is empty; its first line must name the columns.")
-    header = [name.strip() for name in rows[0][1]]
-    if len(set(header)) < len(header):
-        raise InputError(f"{path}:1: two columns have one name ({', '.join(header)}); rename one.")
-    for line, row in rows[1:]:
-        if len(row) != len(header):
-            raise InputError(
-                f"{path}:{line}: {len(row)} fields where the header has {len(header)} "
-                f"({', '.join(header)}); quote fields that hold {delimiter!r}."
-            )
-    return header, rows[1:]
-
-
-def column_indices(path: str | Path, header: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return where the named columns stand in the header; `InputError` names the missing and the found."""
-    for name in names:
-        if name not in header:
-            found = ", ".join(header)
-            raise InputError(f"{path}: no column {name!r}; found: {found}.{nearest(name, header)}")
-    return [header.index(name) for name in names]
-
-
-def _csv_line(values: Iterable[Any]) -> str:
-    # csv.writer leaves a lone "\r" unquoted before Python 3.13 where lines end in "\n".
-    def field(value: Any) -> str:
-        text = "" if value is None else str(value)
-        return '"' + text.replace('"', '""') + '"' if re.search(r'[,"\r\n]|^\s|\s$', text) else text
-
-    return ",".join(map(field, values)) + "\n"
 
 
 # -------------------------------------------------------------------------------------- model outputs
@@ -225,13 +110,13 @@ class HumanScore:
 
 def write_human_evaluation(path: str | Path, scores: Iterable[HumanScore]) -> None:
     """Write index, query, model output, factual, justifies as quoted CSV with a header."""
-    lines = [_csv_line(HUMAN_HEADER)]
+    lines = [csv_line(HUMAN_HEADER)]
     for s in scores:
         pair = (s.factual, s.justifies)
         if not set(pair) <= {None, 0, 1}:
             raise InputError(f"{path}: index {s.index} has the scores {pair}; give 0, 1 or None.")
         pair = (None if score is None else int(score) for score in pair)  # True is 1
-        lines.append(_csv_line([s.index, s.query, s.output, *pair]))
+        lines.append(csv_line([s.index, s.query, s.output, *pair]))
     write_atomic(path, "".join(lines))
 
 
@@ -268,8 +153,7 @@ def _human_score(path: str | Path, line: int, fields: list[str]) -> HumanScore:
     for name, value in zip(HUMAN_HEADER[3:], fields[3:], strict=True):
         if value.strip() not in _SCORES:
             raise InputError(
-                f"{path}:{line}: {name} is {value.strip()[:40]!r}; give 0, 1, or nothing where "
-                "not yet judged."
+                f"{path}:{line}: {name} is {value.strip()[:40]!r}; give 0, 1, or nothing where not yet judged."
             )
     return HumanScore(int(fields[0]), fields[1], fields[2], *(_SCORES[value.strip()] for value in fields[3:]))
 
@@ -288,7 +172,7 @@ def write_predictions(path: str | Path, table: pandas.DataFrame) -> None:
     order = PREDICTION_COLUMNS + sorted(rest, key=lambda name: not name.startswith("prob_"))  # a stable sort
     table = table.iloc[:, [names.index(name) for name in order]].astype(object)
     rows = table.where(table.notna(), None).itertuples(index=False, name=None)
-    write_atomic(path, _csv_line(order) + "".join(map(_csv_line, rows)))
+    write_atomic(path, csv_line(order) + "".join(map(csv_line, rows)))
 
 
 def read_predictions(path: str | Path) -> pandas.DataFrame:

@@ -65,9 +65,7 @@ def test_prompt_tuning_starts_from_the_embeddings_of_its_text(tiny_model):
     text = "Do cats sleep? True"
     base = load_base_model(str(tiny_model))
     ids = AutoTokenizer.from_pretrained(tiny_model)(text)["input_ids"]
-    arguments = AdapterArguments(
-        adapter_name="prompt-tuning", num_virtual_tokens=len(ids), prompt_init_text=text
-    )
+    arguments = AdapterArguments(adapter_name="prompt-tuning", num_virtual_tokens=len(ids), prompt_init_text=text)
     model = attach_adapter(base, arguments, str(tiny_model))
     expected = base.get_input_embeddings().weight[ids]
     assert torch.equal(model.get_prompt(batch_size=1)[0], expected)
@@ -96,9 +94,7 @@ def test_our_adapter_loads_in_stock_peft(tiny_model, adapter_folder):
     folder, logits = adapter_folder
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), folder)
     assert torch.allclose(stock(torch.arange(3, 9)[None]).logits, logits, atol=1e-6)
-    ours = attach_adapter(
-        load_base_model(str(tiny_model)), AdapterArguments(adapter_path=str(folder)), str(tiny_model)
-    )
+    ours = attach_adapter(load_base_model(str(tiny_model)), AdapterArguments(adapter_path=str(folder)), str(tiny_model))
     assert torch.allclose(ours(torch.arange(3, 9)[None]).logits, logits, atol=1e-6)
     assert parameter_counts(ours)["trainable"] > 0  # it can go on training
 

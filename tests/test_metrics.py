@@ -61,9 +61,7 @@ def test_accuracy_counts():
 )
 def test_wilson_interval_is_scipys(successes, total, level):
     theirs = binomtest(successes, total).proportion_ci(confidence_level=level, method="wilson")
-    assert metrics.wilson_interval(successes, total, level) == pytest.approx(
-        (theirs.low, theirs.high), abs=1e-12
-    )
+    assert metrics.wilson_interval(successes, total, level) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 def test_wilson_interval_at_the_edges():

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bhpeft import results
+from bhpeft import files, results
 from bhpeft.errors import InputError
 from bhpeft.results import HumanScore, ModelOutput, RunFiles
 
@@ -44,9 +44,7 @@ PIECES = st.sampled_from(
 ANY = st.characters(exclude_categories=["Cs"])
 TEXTS = st.lists(PIECES | st.text(ANY, max_size=4), max_size=8).map("".join)
 SCORES = st.sampled_from([None, 0, 1])
-same_folder = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300
-)
+same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
 
 
 # -------------------------------------------------------------------------------------- model outputs
@@ -115,9 +113,7 @@ def test_missing_file_and_no_outputs_and_half_a_surrogate(tmp_path):
 
 
 @same_folder
-@given(
-    st.lists(st.builds(HumanScore, st.integers(-(10**6), 10**6), TEXTS, TEXTS, SCORES, SCORES), max_size=4)
-)
+@given(st.lists(st.builds(HumanScore, st.integers(-(10**6), 10**6), TEXTS, TEXTS, SCORES, SCORES), max_size=4))
 @example([HumanScore(0, "\r", " ", None, 1), HumanScore(1, '"', "a\n\n,,", 0, None)])
 @example([HumanScore(0, "x" * 200_000, "")])
 def test_human_evaluation_comes_back_as_it_went(tmp_path, scores):
@@ -130,17 +126,11 @@ def test_human_evaluation_is_ordinary_csv(tmp_path):
     results.write_human_evaluation(tmp_path / "run.csv", [score])
     table = pd.read_csv(tmp_path / "run.csv")
     assert list(table.columns) == ["index", "query", "model output", "factual", "justifies"]
-    assert (
-        table["model output"][0] == score.output
-        and table["factual"][0] == 1
-        and math.isnan(table["justifies"][0])
-    )
+    assert table["model output"][0] == score.output and table["factual"][0] == 1 and math.isnan(table["justifies"][0])
 
 
 def test_human_evaluation_after_a_spreadsheet(tmp_path):
-    results.write_human_evaluation(
-        tmp_path / "run.csv", [HumanScore(0, "a", "b", 1, 0), HumanScore(1, "c", "d")]
-    )
+    results.write_human_evaluation(tmp_path / "run.csv", [HumanScore(0, "a", "b", 1, 0), HumanScore(1, "c", "d")])
     pd.read_csv(tmp_path / "run.csv").to_csv(tmp_path / "run.csv", index=False)  # the scores are now 1.0, 0.0
     assert results.read_human_evaluation(tmp_path / "run.csv")[0] == HumanScore(0, "a", "b", 1, 0)
 
@@ -261,9 +251,7 @@ def record(name="demo", **changes):
 
 def test_metrics_come_back_and_are_strict_json(tmp_path):
     metrics = {"loss": math.nan, "f1": np.float32(0.5), "ece": -math.inf, "per_class": np.array([1, 2])}
-    results.write_metrics(
-        tmp_path / "run.json", record(metrics=metrics, config={"path": tmp_path, 3: (1, None)})
-    )
+    results.write_metrics(tmp_path / "run.json", record(metrics=metrics, config={"path": tmp_path, 3: (1, None)}))
     strict = json.loads((tmp_path / "run.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     again = results.read_metrics(tmp_path / "run.json")
     assert again == strict
@@ -315,9 +303,7 @@ def test_descriptions_with_a_lost_end_are_left_alone(tmp_path):
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "a\\b", "../x", "a b", "é", "x" * 101, "run\n", "a:b"]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "../x", "a b", "é", "x" * 101, "run\n", "a:b"])
 def test_run_names_that_are_no_file_names(tmp_path, name):
     with pytest.raises(InputError, match="--run_name"):
         RunFiles(tmp_path, name)
@@ -350,7 +336,7 @@ def test_folders_that_cannot_be_made(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "run.txt"
-    results.write_atomic(path, "old")
+    files.write_atomic(path, "old")
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -359,15 +345,15 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
         with monkeypatch.context() as broken:
             broken.setattr(os, call, full_disk)
             with pytest.raises(InputError, match="No space left on device"):
-                results.write_atomic(path, "new")
+                files.write_atomic(path, "new")
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]  # nothing half-written beside it
 
 
 def test_a_write_follows_a_link_and_makes_folders(tmp_path):
-    results.write_atomic(tmp_path / "deep" / "er" / "file", "old")
+    files.write_atomic(tmp_path / "deep" / "er" / "file", "old")
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "file")
-    results.write_atomic(tmp_path / "link", "new")
+    files.write_atomic(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "deep" / "er" / "file").read_text() == "new"
     with pytest.raises(InputError, match="cannot be written"):
-        results.write_atomic(tmp_path / "link" / "below", "a file is no folder")
+        files.write_atomic(tmp_path / "link" / "below", "a file is no folder")

@@ -178,7 +178,8 @@ def test_long_prompts_stop_the_run_or_are_mended_and_counted(tokenizer):
 
 def test_cut_answers_are_counted(tokenizer):
     notes = []
-    rows = Encoder(tokenizer, "{text_input}", 12).train_rows([example("Do cats sleep?", "True, " + "cats " * 20)], notes)
+    long_answer = example("Do cats sleep?", "True, " + "cats " * 20)
+    rows = Encoder(tokenizer, "{text_input}", 12).train_rows([long_answer], notes)
     assert len(rows[0]["input_ids"]) == 12 and "1 of 1 training answers cut" in notes[0]
 
 

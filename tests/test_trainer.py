@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from bhpeft.results import read_metrics, read_model_outputs, read_predictions
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LEARNS = ["--epochs", 30, "--lr", 1e-2, "--batch_size", 16, "--save_strategy", "no", "--lora_rank", 16, "--lora_alpha", 32]
+LEARNS = ["--epochs", 30, "--lr", 1e-2, "--batch_size", 16, "--save_strategy", "no"]
+LEARNS += ["--lora_rank", 16, "--lora_alpha", 32]
 LEARNS += ["--target_modules", *ALL_LINEAR]
 
 

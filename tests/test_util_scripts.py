@@ -140,9 +140,7 @@ def test_a_broken_file_after_a_good_one_prints_nothing(script, tmp_path):
     write_model_outputs(tmp_path / "good.txt", [ModelOutput("All a.", "True", "True")])
     write_human_evaluation(tmp_path / "good.csv", [HumanScore(0, "All a.", "b", 1, 1)])
     suffix = ".txt" if script == "accuracy_evaluation" else ".csv"
-    columns = (
-        ["--text_column", "query", "--label_column", "model output"] if script == "dataset_analysis" else []
-    )
+    columns = ["--text_column", "query", "--label_column", "model output"] if script == "dataset_analysis" else []
     out = ["--out", str(tmp_path / "plots")] if script == "dataset_analysis" else []
     broken = tmp_path / f"broken{suffix}"
     broken.write_text("index,query,model output,factual,justifies\n1,a,b,1,1\n2,a,b,1\n")
@@ -182,9 +180,7 @@ def test_debug_shows_the_traceback_and_flags_are_not_guessed(script, tmp_path):
 def test_scripts_load_nothing_heavy(script):
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'util')!r}); import {script}; print(*sys.modules)"
     loaded = set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert script in loaded
     assert not loaded & {

@@ -11,8 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bhpeft.errors import run_main
+from bhpeft.files import input_files
 from bhpeft.metrics import AccuracyCounts, accuracy_counts, exemplar_kind, truth_of, wilson_interval
-from bhpeft.results import ModelOutput, input_files, read_model_outputs
+from bhpeft.results import ModelOutput, read_model_outputs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

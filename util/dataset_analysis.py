@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from bhpeft.errors import InputError, run_main
+from bhpeft.files import column_indices, input_files, read_rows, write_atomic
 from bhpeft.metrics import first_word, first_word_baseline, truth_of
-from bhpeft.results import column_indices, input_files, read_rows, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, GENERICS = ("text_input", "text_label"), ("generic", "exemplar")
@@ -66,9 +66,7 @@ def report(name: str, pairs: Pairs, top: int = 10) -> str:
     lines.append(f"{'':<18}{'count':>9}{'min':>7}{'mean':>10}{'median':>9}{'max':>7}{'sd':>10}")
     for what, n in lengths(pairs).items():
         sd = n.std(ddof=1) if len(n) > 1 else float("nan")
-        lines.append(
-            f"{what:<18}{len(n):>9}{n.min():>7}{n.mean():>10.2f}{np.median(n):>9.1f}{n.max():>7}{sd:>10.2f}"
-        )
+        lines.append(f"{what:<18}{len(n):>9}{n.min():>7}{n.mean():>10.2f}{np.median(n):>9.1f}{n.max():>7}{sd:>10.2f}")
 
     truths = [truth_of(label, full=True) for _, label in pairs]
     table: dict[str, Counter] = {}
@@ -79,8 +77,7 @@ def report(name: str, pairs: Pairs, top: int = 10) -> str:
     for word in words[:top]:
         count = table[word]
         lines.append(
-            f"{word[:17] or '(none)':<18}{count.total():>9}{count['true']:>7}"
-            f"{count['false']:>10}{count['tie']:>9}"
+            f"{word[:17] or '(none)':<18}{count.total():>9}{count['true']:>7}{count['false']:>10}{count['tie']:>9}"
         )
     if words[top:]:
         lines.append(f"... and {len(words) - top} more first words")

@@ -11,8 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bhpeft.errors import run_main
+from bhpeft.files import input_files
 from bhpeft.metrics import exemplar_kind, explanation_scores
-from bhpeft.results import HumanScore, input_files, read_human_evaluation
+from bhpeft.results import HumanScore, read_human_evaluation
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

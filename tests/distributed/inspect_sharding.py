@@ -25,6 +25,10 @@ def load_and_look(*args, **kwargs):
     return model
 
 
+def device_name(offload):
+    return getattr(offload.device, "value", offload.device)
+
+
 class LookingTrainer(training.AdapterTrainer):
     def train(self, *args, **kwargs):
         result = super().train(*args, **kwargs)
@@ -33,8 +37,8 @@ class LookingTrainer(training.AdapterTrainer):
         seen.update(
             engine=type(engine).__name__,
             stage=engine.zero_optimization_stage(),
-            offload_param=str(getattr(engine.zero_offload_param().device, "value", engine.zero_offload_param().device)),
-            offload_optimizer=str(getattr(engine.zero_offload_optimizer().device, "value", engine.zero_offload_optimizer().device)),
+            offload_param=device_name(engine.zero_offload_param()),
+            offload_optimizer=device_name(engine.zero_offload_optimizer()),
             optimizer=type(optimizer.optimizer).__name__,
             clipping=engine.gradient_clipping(),
             dtype=str(engine.get_data_types()[0]),

@@ -78,8 +78,8 @@ def test_two_ranks_train_save_whole_reload_and_answer_as_one(train, tmp_path, sh
 
 def test_prompt_tuning_over_two_ranks_is_saved_whole_and_reloads(train, tmp_path, sharded_launcher):
     adapter = ["--adapter_name", "prompt-tuning", "--num_virtual_tokens", 5]
-    train(*adapter, "--epochs", 6, "--lr", 0.05, "--save_strategy", "epoch", launcher=sharded_launcher(2),
-          *["--run_name", "two"])  # fmt: skip
+    flags = ["--epochs", 6, "--lr", 0.05, "--save_strategy", "epoch", "--run_name", "two"]
+    train(*adapter, *flags, launcher=sharded_launcher(2))
     falling = losses(tmp_path / "results/metrics/two.json")
     assert falling[-1] < 0.8 * falling[0]
     for folder in (tmp_path / "adapter", next((tmp_path / "adapter").glob("checkpoint-*"))):
