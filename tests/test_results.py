@@ -317,12 +317,17 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     run.check_free(overwrite=False)
     results.describe_run(run.descriptions, record())  # shared by all runs: does not count
     run.check_free(overwrite=False)
+    head = "index,query,model output,factual,justifies\n"
     for path in (run.model_outputs, run.human_evaluation, run.predictions, run.metrics, run.plots / "a.png"):
-        path.write_text("x")
+        path.write_text(head + "0,a,b,,\n")
         with pytest.raises(InputError, match=re.escape(f"{path} exists; choose another --run_name or pass")):
             run.check_free(overwrite=False)
         run.check_free(overwrite=True)
         path.unlink()
+    for judged in ("0,a,b,1,\n", "0,a,b,0,0\n"):  # what a person gave is never replaced
+        run.human_evaluation.write_text(head + judged)
+        with pytest.raises(InputError, match="holds scores a person gave"):
+            run.check_free(overwrite=True)
 
 
 def test_folders_that_cannot_be_made(tmp_path):
