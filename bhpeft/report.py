@@ -174,16 +174,19 @@ def plot_answers(path: Path, columns: dict[str, dict], table: pd.DataFrame) -> N
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names, values = list(columns), [figures["accuracy"] for figures in columns.values()]
-    low, high = zip(*(figures["accuracy_interval_95"] for figures in columns.values()), strict=True)
-    errors = [np.subtract(values, low), np.subtract(high, values)]
-    left.bar(names, values, yerr=errors, capsize=4, color=["#9aa5b1", "#2f6f9f"][-len(names) :], width=0.55)
-    for x, value in enumerate(values):
-        left.text(x + 0.05, min(value + 0.02, 0.97), f"{value:.2f}", ha="left", va="bottom")
+    places = np.arange(len(columns))
+    for shift, key, color, label in (
+        (-0.2, "accuracy", "#2f6f9f", "its answers"),
+        (0.2, "scored_accuracy", "#9aa5b1", "forced to choose"),
+    ):
+        values = [figures[key] for figures in columns.values()]
+        bars = left.bar(places + shift, values, width=0.36, color=color, label=label)
+        left.bar_label(bars, fmt="%.2f", padding=3)
+    left.set_xticks(places, list(columns))
     baseline = list(columns.values())[-1]["first_word_baseline"]
     left.axhline(baseline, color="#b5542c", linestyle="--", linewidth=1, label=f"first word alone: {baseline:.2f}")
-    left.set(ylim=(0, 1.05), ylabel="accuracy on held-out rows (95 % interval)", title="True or false?")
-    left.legend(loc="upper left", frameon=False)
+    left.set(ylim=(0, 1.35), yticks=np.linspace(0, 1, 6), ylabel="accuracy on held-out rows", title="True or false?")
+    left.legend(loc="upper left", frameon=False, ncols=2)
 
     probabilities = table[[name for name in table if name.startswith("prob_")]]
     correct = probabilities.idxmax(axis=1) == "prob_" + table["label"]

@@ -147,6 +147,12 @@ def test_loss_covers_the_answer_and_nothing_else(tokenizer):
     assert tokenizer.decode(test_row["label_ids"][1]) == " False"
 
 
+def test_an_answer_follows_a_line_end_at_once(tokenizer):
+    [row] = Encoder(tokenizer, "Q: {text_input}\n", 64).train_rows([example("Do cats sleep?")], [])
+    assert tokenizer.decode(row["input_ids"]) == "<s>Q: Do cats sleep?\nTrue, cats sleep.</s>"
+    assert tokenizer.decode([t for t in row["labels"] if t != IGNORED]) == "True, cats sleep.</s>"
+
+
 def test_batches_are_padded_right_to_train_and_left_to_generate(tokenizer):
     encoder = Encoder(tokenizer, "{text_input}", 64)
     examples = [example("Do cats sleep?"), example("Do cats and dogs and owls sleep at dawn?", "False, no.")]

@@ -19,8 +19,9 @@ class Encoder:
     """Turns examples into rows of token ids.
 
     Attributes:
-        template: text around the input; `{text_input}` stands for it. White space at its end is
-            dropped, and one space opens the answer: tokenizers keep a space with the word after it.
+        template: text around the input; `{text_input}` stands for it. Spaces at its end are dropped and
+            one opens the answer instead, for tokenizers keep a space with the word after it; behind a
+            line end the answer follows at once.
         max_length: most tokens of prompt and answer together.
         long_prompts: "error", "truncate" (keep the last half) or "drop" prompts that leave no room.
     """
@@ -31,7 +32,7 @@ class Encoder:
     long_prompts: str = "error"
 
     def prompt(self, example: Example) -> str:
-        return self.template.replace("{text_input}", example.query).rstrip()
+        return self.template.replace("{text_input}", example.query).rstrip(" ")
 
     def encode(self, example: Example) -> tuple[list[int], list[int]]:
         """Token ids of (prompt, answer), the answer ending with end-of-sequence."""
@@ -41,13 +42,15 @@ class Encoder:
         return prompt_ids, self.continuation(example, prompt_ids, example.answer) + [self.tokenizer.eos_token_id]
 
     def continuation(self, example: Example, prompt_ids: list[int], answer: str) -> list[int]:
-        """Token ids of " answer" where it follows the prompt, as the tokenizer splits the whole text."""
-        whole = self.tokenizer(f"{self.prompt(example)} {answer}")["input_ids"]
+        """Token ids of an answer that follows the prompt, as the tokenizer splits the whole text."""
+        prompt = self.prompt(example)
+        answer = answer if prompt.endswith("\n") else f" {answer}"
+        whole = self.tokenizer(prompt + answer)["input_ids"]
         if whole and whole[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
             whole = whole[:-1]
         if whole[: len(prompt_ids)] == prompt_ids:
             return whole[len(prompt_ids) :]
-        return self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]  # a merge spans the border
+        return self.tokenizer(answer, add_special_tokens=False)["input_ids"]  # a merge spans the border
 
     def train_rows(self, examples: Sequence[Example], notes: list[str]) -> list[dict]:
         """Rows for the loss: `input_ids` and `labels`, of equal length, prompt positions `IGNORED`.
