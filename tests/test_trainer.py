@@ -115,3 +115,38 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(tiny_model, statements
     assert len(errors) == 1 and words in errors[0], finished.stderr
     assert "Traceback" not in finished.stderr and "Loading weights" not in finished.stderr
     assert listing(tmp_path) == {}
+
+
+def test_4bit_that_cannot_be_had_stops_the_run_or_is_said(tiny_model, statements, tmp_path, monkeypatch, capsys):
+    import bitsandbytes.functional
+
+    import parameter_efficient_fine_tuning as trainer_script
+    from bhpeft import base_model
+    from bhpeft.errors import InputError
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    loaded = []
+    load = base_model.load_base_model
+    monkeypatch.setattr(trainer_script, "load_base_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    words = ["--base_model", tiny_model, "--dataset_name", statements[0], "--adapter_name", "qlora", "--max_steps", 1]
+    words += ["--results_dir", tmp_path / "results", "--output_dir", tmp_path / "adapter", "--save_strategy", "no"]
+    words = [str(word) for word in words]
+    with pytest.raises(InputError, match="no kernel for this device.*--allow_full_precision"):
+        trainer_script.main(words)
+    assert not loaded and listing(tmp_path) == {}
+    trainer_script.main([*words, "--allow_full_precision"])
+    assert base_model.count_4bit_layers(loaded[0]) == 0
+    assert "NOT in 4 bit, as --allow_full_precision permits" in capsys.readouterr().out
+
+
+def test_the_demo_sample_is_input_for_any_model(tiny_model, tmp_path):
+    words = [sys.executable, ROOT / "parameter_efficient_fine_tuning.py", "--base_model", tiny_model]
+    words += ["--dataset_name", ROOT / "demo/data.csv", "--max_steps", 1, "--test_fraction", 0.2, "--run_name", "s"]
+    finished = run_command([*words, "--save_strategy", "no"], cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert read_metrics(tmp_path / "results/metrics/s.json")["rows"]["test"] == 12
+    assert (tmp_path / "adapters/s/adapter_config.json").exists()
