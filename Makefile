@@ -1,6 +1,6 @@
-# make demo [ADAPTER=lora|qlora|prompt-tuning]   the whole pipeline in minutes, on CPU or GPU
-# make test                                      all tests
-# make lint                                      ruff
+# make demo [ADAPTER=lora|qlora|prompt-tuning|bh-peft|hybrid]   the whole pipeline in minutes, on CPU or GPU
+# make test                                                     all tests
+# make lint                                                     ruff
 # Each sets up .venv itself. A GPU build, or another CPU build, of torch: make demo TORCH="torch==2.13.0 ..."
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0

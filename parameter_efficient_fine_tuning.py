@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    trainer.kl_weight = run.adapter.kl_weight
     trainer.generation_config = greedy_config(tokenizer, run.data.max_new_tokens)
     loaded = time.perf_counter()
 

@@ -22,7 +22,7 @@ from bhpeft import environment
 from bhpeft.errors import InputError, nearest
 
 UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments puts where no --output_dir is given
-ADAPTER_NAMES = ("lora", "qlora", "prompt-tuning")
+ADAPTER_NAMES = ("bh-peft", "mam", "hybrid", "bayesian-lora", "lora", "qlora", "prompt-tuning")
 LONG_PROMPTS = ("error", "truncate", "drop")
 
 
@@ -58,6 +58,16 @@ class AdapterArguments:
         "prompt tuning: text whose token embeddings the prompt starts from (empty: random tokens)",
     )
 
+    prefix_length: int = option(30, "BH-PEFT: number of learned keys and values before each layer's own")
+    prefix_bottleneck_size: int = option(8, "BH-PEFT: width of tanh(W_down E), from which the prefix is made")
+    prefix_start: str = option("identity", "BH-PEFT: identity (gated, starts as no prefix) or random (the papers')")
+    bn_reduction_factor: int = option(96, "BH-PEFT: hidden size / bottleneck of the parallel adapter")
+    adapter_scaling: float = option(4.0, "BH-PEFT: scale s of the parallel adapter")
+    bayesian: str | None = option(None, "BH-PEFT: Gaussian matrices: down, all or none (default: the preset's)")
+    kl_weight: float = option(1.0, "weight of KL / training rows in the loss; 1 is the ELBO")
+    prior_mu: float = option(0.0, "mean of the Gaussian prior")
+    prior_sigma: float = option(0.1, "standard deviation of the Gaussian prior")
+
     def __post_init__(self):
         if self.adapter_name not in ADAPTER_NAMES:
             raise InputError(
@@ -67,6 +77,10 @@ class AdapterArguments:
         for name in ("lora_rank", "lora_alpha", "num_virtual_tokens"):
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.bayesian not in (None, "down", "all", "none"):
+            raise InputError(f"--bayesian {self.bayesian}: must be down, all or none")
+        if self.kl_weight < 0:
+            raise InputError(f"--kl_weight {self.kl_weight}: must be 0 or more")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
 

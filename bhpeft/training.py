@@ -1,8 +1,9 @@
-"""Training: `transformers.Trainer` with two methods of its own, one to answer and one to save sharded adapters."""
+"""Training: `transformers.Trainer` with what it lacks: the KL term, answers, saving sharded adapters."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from bhpeft.adapters.bh_peft import kl_divergence, mean_sigma
 from bhpeft.prediction import generate, label_log_likelihoods
 
 
@@ -36,6 +38,39 @@ class AdapterTrainer(Trainer):
     """
 
     generation_config: GenerationConfig
+    kl_weight: float = 1.0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean NLL + kl_weight * KL / N, N training rows: one scalar, one backward pass.
+
+        With `kl_weight` 1 this is the negative ELBO per row (Blundell et al. 2015, equation 8, spread over batches).
+        """
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        kl = kl_divergence(self.model) if model.training else None
+        if kl is None:
+            return result
+        nll, *outputs = result if return_outputs else (result,)
+        term = self.kl_weight * kl / len(self.train_dataset)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # Here the Trainer sums over micro-steps, as the NLL is divided by the tokens of all of them already.
+            term = term / self.current_gradient_accumulation_steps
+        self._terms["kl"].append(kl.detach())
+        self._terms["kl_term"].append(term.detach())
+        self._terms["sigma"].append(mean_sigma(self.model))
+        loss = nll + term.to(nll)
+        return (loss, *outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Beside the loss: KL (nats), its part of the loss, and the mean sigma, since the last log."""
+        if "loss" in logs:
+            for name, values in self._terms.items():
+                logs[name] = round(torch.stack(values).mean().item(), 6)
+            self._terms.clear()
+        super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss for rows with labels; for rows to answer: their index, generated tokens and label scores."""

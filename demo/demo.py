@@ -1,6 +1,6 @@
 """The whole pipeline in minutes: a frozen model that knows a small world learns to judge statements about it.
 
-    make demo                                    LoRA; ADAPTER=qlora or ADAPTER=prompt-tuning for the others
+    make demo                         LoRA; ADAPTER=qlora, prompt-tuning, bh-peft or hybrid for the others
     accelerate launch --config_file ds_zero3_cpu.yaml demo/demo.py --adapter_name lora [--flag value ...]
 
 The base model (demo/base, made by demo/make_base.py) has read plain sentences about the world of demo/world.py and
@@ -24,7 +24,7 @@ from bhpeft.record import say  # noqa: E402
 from parameter_efficient_fine_tuning import main as run_trainer  # noqa: E402
 
 CACHE = ROOT / "demo" / "cache"
-ADAPTERS = ("lora", "qlora", "prompt-tuning")
+ADAPTERS = ("lora", "qlora", "prompt-tuning", "bh-peft", "hybrid")
 
 
 def main() -> None:
@@ -58,7 +58,9 @@ def main() -> None:
     )
     if record is None:  # not the main process
         return
-    before, after = record["metrics"]["base"], record["metrics"]
+    before, after = record["metrics"].get("base"), record["metrics"]
+    if before is None:  # --compare_base false
+        return
     say(
         "",
         f"Before: {before['accuracy']:.0%} right, {before['ties']} of {before['rows']} answers neither true nor false "

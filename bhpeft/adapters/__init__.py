@@ -1,6 +1,21 @@
 """The adapters: what is trained while the base model is frozen. They know nothing of tasks."""
 
 from bhpeft.adapters.attach import attach_adapter, base_model_of, check_adapter
+from bhpeft.adapters.bh_peft import BhPeftConfig, kl_divergence
+from bhpeft.adapters.posterior import posterior_noise, posterior_samples
+from bhpeft.adapters.register import register
 from bhpeft.adapters.stock import target_modules_for, virtual_tokens
 
-__all__ = ["attach_adapter", "base_model_of", "check_adapter", "target_modules_for", "virtual_tokens"]
+register()
+
+__all__ = [
+    "BhPeftConfig",
+    "attach_adapter",
+    "base_model_of",
+    "check_adapter",
+    "kl_divergence",
+    "posterior_noise",
+    "posterior_samples",
+    "target_modules_for",
+    "virtual_tokens",
+]

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PretrainedConfig, PreTrainedModel
 
-from bhpeft.adapters.stock import adapter_config
+from bhpeft.adapters.architectures import places_of
+from bhpeft.adapters.bh_peft import PRESETS, BhPeftConfig
+from bhpeft.adapters.stock import lora_config, prompt_tuning_config
 from bhpeft.errors import InputError
+
+
+def adapter_config(arguments, config: PretrainedConfig, base_name: str) -> PeftConfig:
+    """The `peft` configuration of `--adapter_name` with its flags.
+
+    Args:
+        arguments: an `AdapterArguments`.
+        config: configuration of the base model.
+        base_name: hub id or folder of the base model, whose tokenizer reads the initial prompt.
+
+    Raises:
+        InputError: the architecture's places are not known, or a value cannot be.
+    """
+    if arguments.adapter_name == "prompt-tuning":
+        return prompt_tuning_config(arguments, base_name)
+    if arguments.adapter_name in PRESETS:
+        return bh_peft_config(arguments, config)
+    return lora_config(arguments, config)
+
+
+def bh_peft_config(arguments, config: PretrainedConfig) -> BhPeftConfig:
+    """BH-PEFT by a preset's name and its flags."""
+    places_of(config)
+    preset = dict(PRESETS[arguments.adapter_name])
+    if arguments.bayesian is not None:
+        preset["bayesian"] = arguments.bayesian
+    names = {field.name for field in dataclasses.fields(BhPeftConfig)} - {"target_modules", *preset}
+    flags = {name: value for name, value in vars(arguments).items() if name in names}
+    return BhPeftConfig(task_type=TaskType.CAUSAL_LM, **preset, **flags)
 
 
 def read_adapter_config(path: str) -> dict:

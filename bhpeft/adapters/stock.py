@@ -9,7 +9,7 @@ An adapter trained with these loads in `peft` with nothing of ours installed.
 
 from __future__ import annotations
 
-from peft import LoraConfig, PeftConfig, PromptTuningConfig, TaskType
+from peft import LoraConfig, PromptTuningConfig, TaskType
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PretrainedConfig
 
@@ -57,19 +57,6 @@ def prompt_tuning_config(arguments, tokenizer_name: str) -> PromptTuningConfig:
         prompt_tuning_init_text=text or None,
         tokenizer_name_or_path=tokenizer_name if text else None,
     )
-
-
-def adapter_config(arguments, config: PretrainedConfig, base_name: str) -> PeftConfig:
-    """The `peft` configuration of `--adapter_name` with its flags.
-
-    Args:
-        arguments: an `AdapterArguments`.
-        config: configuration of the base model.
-        base_name: hub id or folder of the base model, whose tokenizer reads the initial prompt.
-    """
-    if arguments.adapter_name == "prompt-tuning":
-        return prompt_tuning_config(arguments, base_name)
-    return lora_config(arguments, config)
 
 
 def virtual_tokens(arguments) -> int:

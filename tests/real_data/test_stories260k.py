@@ -30,7 +30,7 @@ def test_prompt_tuning_answers_generics_over_two_ranks(shared_data, tmp_path):
     flags = ["--adapter_name", "prompt-tuning", "--lr", 0.1, "--data_fraction", 0.05]
     record = answer(shared_data, tmp_path, *flags)
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     [prompt] = load_file(tmp_path / "adapters/run/adapter_model.safetensors").values()
     assert prompt.shape == (16, 64)
     assert record["rows"]["test"] == 128 and record["metrics"]["rows"] > 0

@@ -1,0 +1,102 @@
+"""Attention over a learned prefix, through transformers' attention interface.
+
+    K' = [K_p; K],  V' = [V_p; V]                                       Li & Liang 2021
+    Attn(q, K', V') = (1 - l) Attn(q, K, V) + l Attn(q, K_p, V_p)       He et al. 2022, eq. 6; l: the prefix's share
+    ours: share g l in place of l, a gate g a head that starts at 0, so that attention starts as it was:
+    out = Attn(q, K, V) + g (Attn(q, K', V') - Attn(q, K, V))
+
+Every current transformers model calls the function that `config._attn_implementation` names, with its attention module
+first. The functions registered here look for a `bh_prefix` on that module and call the model's own implementation
+around it. Positions and the KV cache stay as they are: the prefix is put before what the cache returns, each time.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bhpeft.errors import InputError
+
+SUPPORTED = ("sdpa", "eager")
+
+
+def use_prefix_attention(model: nn.Module) -> None:
+    """Make a model call the functions below.
+
+    Raises:
+        InputError: the model runs an implementation that is not supported. flash_attention_2 is refused because it
+            takes no mask, and a prefix that padding must not hide needs one.
+    """
+    current = model.config._attn_implementation
+    if current.startswith("bhpeft_"):
+        return
+    if current not in SUPPORTED:
+        raise InputError(
+            f"--attn_implementation {current}: the prefix widens the attention mask, which {current} does not take; "
+            f"give {' or '.join(SUPPORTED)}"
+        )
+    model.config._attn_implementation = f"bhpeft_{current}"
+
+
+def _base_attention(module: nn.Module, name: str):
+    if name == "eager":  # each model file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _attend(name: str):
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        base = _base_attention(module, name)
+        output, weights = base(module, query, key, value, attention_mask, **kwargs)
+        site = getattr(module, "bh_prefix", None)
+        prefix = site(query.shape[0]) if site is not None else None
+        if prefix is None:
+            return output, weights
+        prefix_key, prefix_value, gate = prefix
+        mask = widened_mask(module, query, key, attention_mask, prefix_key.shape[2], kwargs.get("is_causal"))
+        keys = torch.cat([prefix_key.to(key.dtype), key], 2)
+        values = torch.cat([prefix_value.to(value.dtype), value], 2)
+        both, _ = base(module, query, keys, values, mask, **kwargs)  # (B, L, heads, head width)
+        if gate is None:
+            return both, weights
+        return output + gate.to(output.dtype)[:, None] * (both - output), weights
+
+    return attend
+
+
+def widened_mask(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    prefix_length: int,
+    is_causal: bool | None,
+) -> torch.Tensor | None:
+    """The mask with columns for the prefix, which every query sees.
+
+    Args:
+        query, key: (B, heads, L, D) and (B, KV heads, T, D), the key with what the cache holds.
+        mask: (B or 1, 1 or heads, L, T), boolean (True: seen) or added to the scores; None where nothing is masked
+            beyond causality, which is then made explicit, for the last query sees the last key.
+
+    Returns:
+        (.., L, prefix_length + T), or None if all queries see all keys.
+    """
+    length, total = query.shape[2], key.shape[2]
+    if mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if not causal or length == 1:
+            return None
+        mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)[None, None]
+    seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+    return torch.cat([seen(*mask.shape[:-1], prefix_length), mask], -1)
+
+
+for _name in SUPPORTED:
+    AttentionInterface.register(f"bhpeft_{_name}", _attend(_name))
+    AttentionMaskInterface.register(f"bhpeft_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])
