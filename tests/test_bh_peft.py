@@ -31,7 +31,8 @@ SITES = (["prefix"], ["lora"], ["adapter"], ["prefix", "lora", "adapter"])
 
 def config_of(kind):
     if kind == "distilbert":
-        return DistilBertConfig(vocab_size=99, dim=64, n_layers=2, n_heads=4, hidden_dim=128, max_position_embeddings=64)
+        shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
+        return DistilBertConfig(vocab_size=99, max_position_embeddings=64, **shape)
     if kind == "gpt2":
         return GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=2)
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -94,8 +95,8 @@ def test_padding_changes_nothing(kind):
     model = adapted(base_of(kind))
     if kind in DECODERS:  # (the head of an encoder reads the first token alone)
         short = batch(2, 6)
-        pad = torch.ones(2, 4, dtype=torch.long)
-        right = {"input_ids": torch.cat([short["input_ids"], pad], 1), "attention_mask": torch.cat([short["attention_mask"], 0 * pad], 1)}  # fmt: skip
+        pad = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4, dtype=torch.long)}
+        right = {name: torch.cat([value, pad[name]], 1) for name, value in short.items()}
         with torch.no_grad():
             assert torch.allclose(model(**right).logits[:, :6], model(**short).logits, atol=1e-5)
         return
@@ -178,7 +179,8 @@ def test_multiple_choice_and_regression_heads():
     inputs = {name: value.view(2, 3, 10) for name, value in batch(6, 10).items()}
     out = model(**inputs, labels=torch.tensor([0, 2]))
     assert out.logits.shape == (2, 3) and out.loss.isfinite()
-    regression = RobertaConfig.from_dict({**config_of("roberta").to_dict(), "num_labels": 1, "problem_type": "regression"})
+    one = {"num_labels": 1, "problem_type": "regression"}
+    regression = RobertaConfig.from_dict({**config_of("roberta").to_dict(), **one})
     model = adapted(AutoModelForSequenceClassification.from_config(regression), task_type="SEQ_CLS")
     assert model(**batch(), labels=torch.tensor([0.1, 2.0, -1.0])).loss.isfinite()
     assert any(p.requires_grad for n, p in model.named_parameters() if "classifier" in n)

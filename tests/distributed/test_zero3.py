@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from safetensors.numpy import load_file
 
 from bhpeft.results import read_metrics, read_model_outputs, read_predictions
@@ -119,7 +119,6 @@ def test_two_ranks_without_deepspeed(train, tmp_path):
 
 
 def test_bad_input_stops_every_rank_with_one_line(tmp_path, tiny_model):
-    from conftest import run_command
 
     words = [*launcher(SHIPPED, 2), ROOT / "parameter_efficient_fine_tuning.py", "--base_model", tiny_model]
     finished = run_command([*words, "--dataset_name", "nowhere.csv"], cwd=tmp_path)
@@ -138,3 +137,55 @@ def test_qlora_sharded_answers_as_one_process(train, tmp_path):
     assert two["prob_true"].to_numpy() == pytest.approx(one["prob_true"].to_numpy(), abs=0.05)  # bf16
     two, one = (read_metrics(tmp_path / f"results/metrics/{name}.json")["metrics"]["base"] for name in ("two", "one"))
     assert two["mean_confidence"] == pytest.approx(one["mean_confidence"], abs=0.02)
+
+
+# --------------------------------------------------------------------------------------------- BH-PEFT
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kl_and_its_gradient_are_exact_where_every_parameter_is_sharded(ranks, tmp_path):
+    words = ["torchrun", "--nproc_per_node", ranks, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    finished = run_command([*words, ROOT / "tests/distributed/inspect_kl.py"], cwd=tmp_path, INSPECT_OUT=str(tmp_path))
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    for rank in range(ranks):
+        for mode, seen in json.loads((tmp_path / f"rank{rank}.json").read_text()).items():
+            assert seen["world"] == ranks and seen["sharded"] and seen["layers"] == 15, mode
+            assert seen["kl"] < 1e-5 and seen["gradient"] < 1e-4, (mode, seen)
+
+
+@pytest.mark.parametrize("preset", ["bh-peft", "hybrid"])
+def test_bh_peft_over_two_ranks_is_saved_whole_and_reloads(preset, train, tmp_path, sharded_launcher):
+    small = ["--prefix_length", 4, "--bn_reduction_factor", 8, "--lora_rank", 8, "--kl_weight", 0.1]
+    adapter = ["--adapter_name", preset, *small]
+    flags = ["--epochs", 20, "--lr", 2e-2, "--save_strategy", "no", "--compare_base", "--run_name", "two"]
+    train(*adapter, *flags, launcher=sharded_launcher(2))
+    record = read_metrics(tmp_path / "results/metrics/two.json")
+    falling = losses(tmp_path / "results/metrics/two.json")
+    assert falling[-1] < 0.8 * falling[0]
+    logged = [entry for entry in record["history"] if "kl" in entry]
+    assert bool(logged) == (preset == "bh-peft")
+    for entry in logged:
+        assert entry["kl"] > 0 and entry["sigma"] > 0
+        assert entry["kl_term"] == pytest.approx(0.1 * entry["kl"] / 60, rel=1e-3)
+
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert all(weight.size > 0 for weight in saved.values())
+    assert any(name.endswith("embedding") and weight.shape == (4, 64) for name, weight in saved.items())
+    assert any("prior_mu" in name for name in saved) == (preset == "bh-peft")
+    train(*adapter, "--adapter_path", tmp_path / "adapter", "--do_train", "false", "--run_name", "one")
+    results = tmp_path / "results"
+    two, one = (read_predictions(results / f"predictions/{name}.csv") for name in ("two", "one"))
+    assert two["prob_true"].to_numpy() == pytest.approx(one["prob_true"].to_numpy(), abs=1e-5)
+    answers = [read_model_outputs(results / f"model_outputs/{name}.txt") for name in ("two", "one")]
+    assert answers[0] == answers[1]
+
+
+def test_bh_peft_on_4bit_weights_over_two_ranks(train, tmp_path):
+    flags = ["--adapter_name", "bh-peft", "--load_in_4bit", "--prefix_length", 4, "--bn_reduction_factor", 8]
+    train(*flags, "--epochs", 10, "--lr", 2e-2, "--save_strategy", "no", "--kl_weight", 0.1, "--bf16", "--run_name",
+          "two", launcher=launcher(SHIPPED, 2))  # fmt: skip
+    falling = losses(tmp_path / "results/metrics/two.json")
+    assert falling[-1] < 0.9 * falling[0]
+    train(*flags, "--bf16", "--adapter_path", tmp_path / "adapter", "--do_train", "false", "--run_name", "one")
+    two, one = (read_predictions(tmp_path / f"results/predictions/{name}.csv") for name in ("two", "one"))
+    assert two["prob_true"].to_numpy() == pytest.approx(one["prob_true"].to_numpy(), abs=0.05)  # bf16
