@@ -73,9 +73,9 @@ class AdapterTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss for rows with labels; for rows to answer: their index, generated tokens and label scores."""
-        if "labels" in inputs:
-            return super().prediction_step(model, inputs, True, ignore_keys)
+        """For rows to answer (`Encoder.test_rows`) their index, generated tokens and label scores; else as usual."""
+        if "index" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         with self.compute_loss_context_manager():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
+from conftest import run_command
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -171,6 +173,30 @@ def test_save_load_and_the_prior_travel_together(kind, preset, tmp_path):
     assert names[0] == names[1]
     frozen = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("first", ["import bhpeft, peft", "import peft, bhpeft"])
+def test_importing_the_package_is_enough_to_load_an_adapter(first, tmp_path):
+    base = base_of("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base, task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path / "adapter")
+    code = f"""{first}, sys, torch
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = peft.PeftModel.from_pretrained(base, sys.argv[2])
+print("sum", model(torch.arange(3, 9)[None]).logits.sum().item())
+"""
+    finished = run_command([sys.executable, "-c", code, tmp_path / "base", tmp_path / "adapter"])
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    with torch.no_grad():
+        expected = model(torch.arange(3, 9)[None]).logits.sum().item()
+    assert float(finished.stdout.split("sum ")[1]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_package_alone_loads_no_torch():
+    code = "import sys, bhpeft.results; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
+    assert run_command([sys.executable, "-c", code]).returncode == 0
 
 
 def test_multiple_choice_and_regression_heads():
