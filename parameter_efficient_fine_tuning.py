@@ -13,7 +13,7 @@ import time
 from transformers import set_seed
 
 from bhpeft import environment
-from bhpeft.adapters import attach_adapter, base_model_of, check_adapter, virtual_tokens
+from bhpeft.adapters import adopt_settings, attach_adapter, base_model_of, check_adapter, virtual_tokens
 from bhpeft.base_model import (
     check_4bit,
     check_positions,
@@ -22,7 +22,7 @@ from bhpeft.base_model import (
     load_tokenizer,
     parameter_counts,
 )
-from bhpeft.config import Run, check_output_dir, parse_arguments
+from bhpeft.config import Run, check_output_dir, name_run, parse_arguments
 from bhpeft.errors import InputError, run_main
 from bhpeft.prediction import decode_answers, greedy_config
 from bhpeft.record import Answered, say, write_run
@@ -38,7 +38,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     run = parse_arguments(argv)
     training = run.training
 
-    # Everything that can be wrong with the input is found before a weight is loaded.
+    # What is wrong with the input is found before a weight is loaded.
+    if run.adapter.adapter_path:
+        adopt_settings(run.adapter)
+    name_run(run)
     files = RunFiles(run.output.results_dir, training.run_name)
     files.check_free(run.output.overwrite)
     check_output_dir(run)
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     check_adapter(run.adapter, config, base_name)
     environment.check_compiler(training)
     in_4bit = settle_4bit(run)
-    task = load_task(run.data, training.data_seed, with_validation=training.do_eval)
+    task = load_task(run.data, training.data_seed, training.do_eval, training.do_train)
     tokenizer = load_tokenizer(base_name, run.base.revision)
     encoder = Encoder(tokenizer, run.data.prompt_template, run.data.max_length, run.data.long_prompts)
     notes = run.notes + task.notes

@@ -128,7 +128,8 @@ def main() -> None:
         for seed in map(int, flags.seeds.split(",")):
             found.append(run(method, seed, flags, train, dev, tokenizer))
             print(json.dumps(found[-1]), flush=True)
-    print(f"\n{'method':<16}{'accuracy':>10}{'+-':>8}{'trained %':>12}{'seconds':>10}   (mean, sample deviation over seeds)")
+    print("\nmean and sample deviation over the seeds")
+    print(f"{'method':<16}{'accuracy':>10}{'+-':>8}{'trained %':>12}{'seconds':>10}")
     for method in flags.methods.split(","):
         group = [row for row in found if row["method"] == method]
         values = [row["accuracy"] for row in group]
@@ -136,7 +137,10 @@ def main() -> None:
         seconds = statistics.mean(row["seconds"] for row in group)
         share = group[0]["trainable_percent_without_head"]
         print(f"{method:<16}{statistics.mean(values):>10.4f}{spread:>8.4f}{share:>12.3f}{seconds:>10.0f}")
-    record = {"runs": found, "flags": {k: str(v) for k, v in vars(flags).items() if k not in ("base_model", "data_path")}}
+    record = {
+        "runs": found,
+        "flags": {k: str(v) for k, v in vars(flags).items() if k not in ("base_model", "data_path")},
+    }
     record |= {"train_rows": len(train), "versions": library_versions(), "hardware": hardware()}
     write_atomic(ROOT / "results/benchmarks/accuracy.json", json.dumps(record, indent=2) + "\n")
 

@@ -132,13 +132,19 @@ def load_base_model(
     Raises:
         RuntimeError: ZeRO-3 is on and weights are whole, or 4-bit was asked for and nothing was quantised.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=DTYPES[precision],
-        attn_implementation=attn_implementation,
-        quantization_config=quantisation_config(precision) if in_4bit else None,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=DTYPES[precision],
+            attn_implementation=attn_implementation,
+            quantization_config=quantisation_config(precision) if in_4bit else None,
+        )
+    except (ValueError, ImportError) as error:
+        if attn_implementation is None:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--attn_implementation {attn_implementation}: {reason}") from error
     model.requires_grad_(False)
     if in_4bit:
         layers = _layers_4bit(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from bhpeft import environment
 from bhpeft.errors import InputError, nearest
@@ -74,12 +76,19 @@ class AdapterArguments:
                 f"--adapter_name {self.adapter_name}: unknown adapter;{nearest(self.adapter_name, ADAPTER_NAMES)} "
                 f"Known: {', '.join(ADAPTER_NAMES)}"
             )
-        for name in ("lora_rank", "lora_alpha", "num_virtual_tokens"):
-            if getattr(self, name) <= 0:
+        for name in ("lora_rank", "lora_alpha", "num_virtual_tokens", "prior_sigma", "adapter_scaling"):
+            if not 0 < getattr(self, name) < math.inf:  # nan fails as well
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name in ("prefix_length", "prefix_bottleneck_size", "bn_reduction_factor"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.prefix_start not in ("identity", "random"):
+            raise InputError(f"--prefix_start {self.prefix_start}: must be identity or random")
         if self.bayesian not in (None, "down", "all", "none"):
             raise InputError(f"--bayesian {self.bayesian}: must be down, all or none")
-        if self.kl_weight < 0:
+        if not math.isfinite(self.prior_mu):
+            raise InputError(f"--prior_mu {self.prior_mu}: must be a number")
+        if not 0 <= self.kl_weight < math.inf:
             raise InputError(f"--kl_weight {self.kl_weight}: must be 0 or more")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
@@ -151,6 +160,23 @@ class TrainerArguments(TrainingArguments):
     report_to: str | None = option("none", "TensorBoard, W&B and others, by the names transformers uses")
     data_seed: int | None = option(42, "seed of the data's split, and of the order of rows")
 
+    def __post_init__(self):
+        if not 0 <= self.learning_rate < math.inf:
+            raise InputError(f"--learning_rate {self.learning_rate}: must be 0 or more")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 0 and below 2**32")
+        for name in ("remove_unused_columns", "dataloader_drop_last"):
+            if getattr(self, name):
+                raise InputError(f"--{name}: not here; every row is answered, and rows hold what answering needs")
+        super().__post_init__()
+        missing = set(self.report_to) - set(get_available_reporting_integrations())
+        if missing:
+            raise InputError(f"--report_to {', '.join(sorted(missing))}: not installed; pip install it, or give none")
+
 
 ARGUMENT_CLASSES = (BaseModelArguments, AdapterArguments, DataArguments, OutputArguments, TrainerArguments)
 
@@ -192,6 +218,8 @@ def _flag_names(parser: _Parser) -> set[str]:
 
 def _recipe_as_flags(path: str, known: set[str]) -> list[str]:
     """Read a recipe and return it as command-line words, so that file and flags are checked in one way."""
+    if Path(path).is_dir():
+        raise InputError(f"--config {path}: is a folder; give a YAML file in it")
     if not Path(path).is_file():
         folder = Path(path).parent
         found = [str(p) for p in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
@@ -205,7 +233,7 @@ def _recipe_as_flags(path: str, known: set[str]) -> list[str]:
         raise InputError(f"{path}: must be a mapping of flag names to values, as `lora_rank: 8`")
     words: list[str] = []
     for name, value in settings.items():
-        if str(name) not in known:
+        if str(name) not in known - {"config"}:
             raise InputError(f"{path}: unknown key {name!r}.{nearest(str(name), known)} All keys: --help")
         if value is None:
             continue
@@ -272,6 +300,11 @@ def _config_of(argv: list[str]) -> str | None:
 
 def _check(run: Run) -> None:
     """Settings that only make sense together, and the names that follow from others."""
+    checkpoint = run.training.resume_from_checkpoint
+    if checkpoint and not (Path(checkpoint) / "trainer_state.json").is_file():
+        beside = Path(checkpoint).parent.glob("checkpoint-*/trainer_state.json")
+        whole = ", ".join(sorted(str(file.parent) for file in beside)) or "none"
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; whole ones beside it: {whole}")
     if not run.data.dataset_name:
         raise InputError("--dataset_name: missing; give 'generics' or a .csv file with text_input,text_label")
     if not run.base.base_model and not run.adapter.adapter_path:
@@ -280,6 +313,10 @@ def _check(run: Run) -> None:
         raise InputError("--do_train false: there is nothing to test; give --adapter_path FOLDER")
     if not (run.training.do_train or run.training.do_eval or run.training.do_predict):
         raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; switch one on")
+
+
+def name_run(run: Run) -> None:
+    """Set the run's name and the adapter's folder where no flag gave them."""
     if run.training.run_name is None:
         source = run.base.base_model or run.adapter.adapter_path
         parts = [run.adapter.adapter_name, Path(source).name, Path(run.data.dataset_name).stem]
@@ -292,7 +329,13 @@ def _check(run: Run) -> None:
 def check_output_dir(run: Run) -> None:
     """Raise `InputError` if the run would write its adapter over another one and may not."""
     folder = Path(run.training.output_dir)
-    if not run.training.do_train or run.output.overwrite or run.training.resume_from_checkpoint:
+    if not run.training.do_train:
+        return
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise InputError(f"--output_dir {folder}: {part} is a file; choose another --output_dir or --run_name")
+    checkpoint = run.training.resume_from_checkpoint
+    if run.output.overwrite or (checkpoint and Path(checkpoint).resolve().parent == folder.resolve()):
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(

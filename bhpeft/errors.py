@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 EXIT_BAD_INPUT = 2  # as argparse uses it for wrong flags
@@ -34,5 +35,7 @@ def run_main(main: Callable[[], None]) -> None:
         if "--debug" in sys.argv:
             raise
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same error; one says it
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the first rank to exit has the launcher end the others, the one that speaks among them
         sys.exit(EXIT_BAD_INPUT)

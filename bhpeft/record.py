@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from bhpeft import environment, report
 from bhpeft.config import Run
+from bhpeft.files import write_atomic
 from bhpeft.results import (
     HumanScore,
     ModelOutput,
@@ -95,14 +96,14 @@ def write_run(
         before = answered["base"].outputs if "base" in answered else None
         say("", "Held-out rows, some of them:", report.samples_table(outputs, before))
         say("", report.figures_table(columns), "", report.sentence(figures["adapter"]))
-        if task.labels:
-            report.plot_answers(files.plots / "answers.png", columns, tables["adapter"])
-            say("", f"plot            {files.plots / 'answers.png'}")
-        say(f"answers         {files.model_outputs}", f"predictions     {files.predictions}")
+        say("", f"answers         {files.model_outputs}", f"predictions     {files.predictions}")
         say(f"to be judged    {files.human_evaluation}")
     write_metrics(files.metrics, record)
     describe_run(files.descriptions, record)
     say(f"figures         {files.metrics}", f"description     {files.descriptions}")
+    if "adapter" in answered and task.labels:
+        write_atomic(files.plots / "answers.png", report.draw_answers(columns, tables["adapter"]))
+        say(f"plot            {files.plots / 'answers.png'}")
     if run.training.do_train:
         say(f"adapter         {Path(run.training.output_dir)}")
     return record

@@ -5,9 +5,9 @@ NumPy and pandas only; matplotlib is imported where a plot is drawn.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -160,13 +160,15 @@ def _one_line(text: str, width: int = 90) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def plot_answers(path: Path, columns: dict[str, dict], table: pd.DataFrame) -> None:
+def draw_answers(columns: dict[str, dict], table: pd.DataFrame) -> bytes:
     """Draw accuracy before and after beside the first-word baseline, and how sure right and wrong answers are.
 
     Args:
-        path: PNG file to write.
         columns: heading -> figures, as of `summarise`.
-        table: predictions of the last of them.
+        table: predictions of the last of them; rows without probabilities (NaN) are left out.
+
+    Returns:
+        A PNG file's bytes.
     """
     import matplotlib
 
@@ -188,12 +190,16 @@ def plot_answers(path: Path, columns: dict[str, dict], table: pd.DataFrame) -> N
     left.set(ylim=(0, 1.35), yticks=np.linspace(0, 1, 6), ylabel="accuracy on held-out rows", title="True or false?")
     left.legend(loc="upper left", frameon=False, ncols=2)
 
+    table = table.dropna(subset=["max_prob"])
     probabilities = table[[name for name in table if name.startswith("prob_")]]
-    correct = probabilities.idxmax(axis=1) == "prob_" + table["label"]
+    of_label = [row[f"prob_{label}"] for label, (_, row) in zip(table["label"], probabilities.iterrows(), strict=True)]
+    correct = np.array(of_label) == table["max_prob"].to_numpy()
     bins = np.linspace(0.5, 1, 11)
     parts = [table["max_prob"][correct], table["max_prob"][~correct]]
     right.hist(parts, bins=bins, stacked=True, color=["#2f6f9f", "#b5542c"], label=["right", "wrong"])
     right.set(xlabel="probability of its answer", ylabel="rows", title="How sure, and how often right")
     right.legend(loc="upper left", frameon=False)
-    figure.savefig(path, dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
     pyplot.close(figure)
+    return png.getvalue()

@@ -294,6 +294,18 @@ def describe_run(path: str | Path, record: dict[str, Any]) -> None:
     write_atomic(path, text)
 
 
+def check_descriptions(path: str | Path) -> None:
+    """Raise `InputError` if the file of descriptions cannot be read, or an entry has lost its last line."""
+    text = read_text(path)
+    for mark in re.finditer(r"^==== RUN (.*) ====\r?$", text, re.MULTILINE):
+        end = re.search(r"^==== (RUN|END) .* ====\r?$", text[mark.end() :], re.MULTILINE)
+        if end is None or end[1] == "RUN":
+            line = text.count("\n", 0, mark.start()) + 1
+            raise InputError(
+                f"{path}:{line}: this entry has no line '==== END {mark[1]} ====' before the next; add it."
+            )
+
+
 def _description(record: dict[str, Any]) -> list[str]:
     config: dict[str, Any] = {}
     for key, value in record["config"].items():  # flat, or one level of groups
@@ -364,6 +376,8 @@ class RunFiles:
     def prepare(self) -> None:
         """Make the folders; `InputError` where one cannot be made or written to."""
         files = [self.model_outputs, self.human_evaluation, self.predictions, self.metrics]
+        if self.descriptions.exists():  # found out now rather than after hours of training
+            check_descriptions(self.descriptions)
         for folder in [*(file.parent for file in files), self.plots]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,8 @@ class AdapterTrainer(Trainer):
         index, tokens, *scores = self.predict(rows).predictions
         # Ranks take equal numbers of rows, so some rows are answered twice: keep each once.
         _, first = np.unique(index, return_index=True)
+        if len(first) != len(rows):
+            raise RuntimeError(f"{len(first)} of {len(rows)} test rows were answered")
         return Answers(index[first], tokens[first], scores[0][first] if scores else None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from bhpeft.adapters import attach_adapter, check_adapter, target_modules_for
+from bhpeft.adapters import adopt_settings, attach_adapter, check_adapter, target_modules_for
 from bhpeft.base_model import check_4bit, load_base_model, parameter_counts
 from bhpeft.config import AdapterArguments
 from bhpeft.errors import InputError
@@ -115,18 +115,37 @@ def test_broken_adapter_folders_are_named(tmp_path):
         (lambda d: d.mkdir(), "no adapter_config.json"),
         (lambda d: (d / "adapter_config.json").write_text("{"), "no adapter_model.safetensors"),
         (lambda d: (d / "adapter_model.safetensors").write_text(""), "not valid JSON"),
-        (lambda d: (d / "adapter_config.json").write_text(json.dumps({})), "does not name its base model"),
+        (lambda d: (d / "adapter_config.json").write_text("[1]"), "peft_type None is no adapter"),
+        (lambda d: (d / "adapter_config.json").write_text(json.dumps({"peft_type": "FOO"})), "'FOO' is no adapter"),
+        (lambda d: (d / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"})), "not name its base"),
+        (
+            lambda d: (d / "adapter_config.json").write_text(
+                json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"})
+            ),
+            "cannot be read.*cut short",
+        ),
     ):
         make(tmp_path / "a")
         with pytest.raises(InputError, match=words):
             check_adapter(AdapterArguments(adapter_path=str(tmp_path / "a")), config, "x")
 
 
+def test_records_say_what_the_adapter_really_is(tiny_model, adapter_folder):
+    arguments = AdapterArguments(adapter_path=str(adapter_folder[0]), adapter_name="bh-peft", lora_rank=99)
+    adopt_settings(arguments)
+    assert (arguments.adapter_name, arguments.lora_rank, arguments.lora_alpha) == ("lora", 8, 16.0)
+
+
+def test_target_modules_that_match_nothing_are_refused(tiny_model):
+    with pytest.raises(InputError, match="nosuch"):
+        attach_adapter(load_base_model(str(tiny_model)), AdapterArguments(target_modules=["nosuch"]), str(tiny_model))
+
+
 def test_adapter_of_other_shapes_is_refused(tiny_model, adapter_folder, tmp_path):
     folder, _ = adapter_folder
     saved = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**saved, "r": 3}))
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(InputError, match="does not fit.*size mismatch"):
         attach_adapter(load_base_model(str(tiny_model)), AdapterArguments(adapter_path=str(folder)), str(tiny_model))
 
 

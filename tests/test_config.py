@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bhpeft import environment
-from bhpeft.config import check_output_dir, parse_arguments
+from bhpeft.config import check_output_dir, name_run, parse_arguments
 from bhpeft.errors import InputError, nearest
 
 BASE = ["--base_model", "m", "--dataset_name", "generics"]
@@ -57,6 +57,20 @@ def test_lists_booleans_and_nothing_in_a_recipe(tmp_path):
         (["--test_fraction", "0"], ["--test_fraction 0"]),
         (["--data_fraction", "1.5"], ["--data_fraction"]),
         (["--max_length", "0"], ["--max_length 0"]),
+        (["--lora_alpha", "nan"], ["--lora_alpha nan"]),
+        (["--prior_sigma", "nan"], ["--prior_sigma nan"]),
+        (["--kl_weight", "nan"], ["--kl_weight nan"]),
+        (["--bayesian", "some"], ["down, all or none"]),
+        (["--prefix_length", "0"], ["--prefix_length 0"]),
+        (["--lr", "nan"], ["--learning_rate nan"]),
+        (["--lr=-1"], ["--learning_rate -1"]),
+        (["--batch_size", "0"], ["--per_device_train_batch_size 0"]),
+        (["--gradient_accumulation_steps", "0"], ["--gradient_accumulation_steps 0"]),
+        (["--seed=-1"], ["--seed -1"]),
+        (["--dataloader_drop_last", "true"], ["--dataloader_drop_last"]),
+        (["--remove_unused_columns", "true"], ["--remove_unused_columns"]),
+        (["--report_to", "wandb"], ["--report_to wandb", "not installed"]),
+        (["--resume_from_checkpoint", "nosuch"], ["nosuch", "no whole checkpoint"]),
         (["--prompt_template", "x"], ["{text_input}"]),
         (["--long_prompts", "cut"], ["--long_prompts cut", "truncate"]),
         (["--do_train", "false"], ["--adapter_path"]),
@@ -81,6 +95,7 @@ def test_mistakes_in_flags(flags, words):
         ("lora_rnk: 4", ["unknown key 'lora_rnk'", "Did you mean 'lora_rank'?"]),
         ("- a\n- b", ["mapping"]),
         ("a: [", ["not valid YAML"]),
+        ("config: x.yaml", ["unknown key 'config'"]),
         ("base_model: m", ["--dataset_name: missing"]),
         ("dataset_name: generics", ["--base_model: missing"]),
     ],
@@ -93,6 +108,7 @@ def test_mistakes_in_recipes(tmp_path, text, words):
 
 def test_names_follow_from_the_run():
     run = parse_arguments(["--base_model", "EleutherAI/pythia 1b", "--dataset_name", "data/rows.csv"])
+    name_run(run)
     assert run.training.run_name == "lora_pythia-1b_rows"
     assert run.training.output_dir == "adapters/lora_pythia-1b_rows"
 
@@ -104,6 +120,15 @@ def test_an_adapter_is_not_written_over(tmp_path):
         check_output_dir(parse_arguments(flags))
     check_output_dir(parse_arguments([*flags, "--overwrite"]))
     check_output_dir(parse_arguments([*BASE, "--output_dir", str(tmp_path / "new")]))
+    for run in ("mine", "other"):  # resuming writes on into its own folder, and into no other
+        (tmp_path / run / "checkpoint-3").mkdir(parents=True)
+        (tmp_path / run / "checkpoint-3/trainer_state.json").write_text("{}")
+    resume = [*BASE, "--resume_from_checkpoint", str(tmp_path / "mine/checkpoint-3"), "--output_dir"]
+    check_output_dir(parse_arguments([*resume, str(tmp_path / "mine")]))
+    with pytest.raises(InputError, match="--overwrite"):
+        check_output_dir(parse_arguments([*resume, str(tmp_path / "other")]))
+    with pytest.raises(InputError, match="is a file"):
+        check_output_dir(parse_arguments([*BASE, "--output_dir", str(tmp_path / "adapter_config.json")]))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,21 @@ def test_files_of_every_kind_give_the_same_examples(tmp_path):
         assert [(e.query, e.answer) for e in read] == rows, kind
 
 
+def test_answers_that_are_nearly_all_true_or_false_are_noted(tmp_path):
+    rows = "".join(f"q{i},True\n" for i in range(20)) + "q20,Maybe so\n"
+    (tmp_path / "rows.csv").write_text("text_input,text_label\n" + rows)
+    task = load_task(DataArguments(dataset_name=str(tmp_path / "rows.csv")), seed=0)
+    assert task.labels == () and any("1 of 21 answers" in note and "Maybe so" in note for note in task.notes)
+
+
+def test_without_training_every_row_is_tested(tmp_path):
+    (tmp_path / "rows.csv").write_text("text_input,text_label\na,True\nb,False\n")
+    for test_file in (None, str(tmp_path / "rows.csv")):
+        arguments = DataArguments(dataset_name=str(tmp_path / "rows.csv"), test_file=test_file)
+        task = load_task(arguments, seed=0, with_training=False)
+        assert [e.query for e in task.test] == ["a", "b"] and task.train == []
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -110,7 +125,8 @@ def test_files_of_every_kind_give_the_same_examples(tmp_path):
         ("question,answer\na,b\n", ["'text_input', 'text_label'", "found: question, answer"]),
         ("text_input,text_label\na,True\nb,\n", ["row 2", "'text_label'"]),
         ("text_input,text_label\na,True\n  ,True\n", ["row 2", "'text_input'"]),
-        ('text_input,text_label\n"a,True\n', ["cannot be read"]),
+        ("text_input,text_label\na,True,x\nb,False,y\n", [":2:"]),  # one field more in every row
+        ("text_input,text_label,text_label\na,True,b\n", ["text_label"]),
     ],
 )
 def test_broken_tables_are_named(tmp_path, content, words):

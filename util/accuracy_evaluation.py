@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bhpeft.errors import run_main
 from bhpeft.files import input_files
-from bhpeft.metrics import AccuracyCounts, accuracy_counts, exemplar_kind, truth_of, wilson_interval
+from bhpeft.metrics import AccuracyCounts, accuracy_counts, exemplar_kind, expected_truth, wilson_interval
 from bhpeft.results import ModelOutput, read_model_outputs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -39,7 +39,7 @@ def report(outputs: list[ModelOutput], full: bool) -> str:
             f"note: {other} of {counts.total} queries begin with none of All, Not, Some, No: "
             "they count in the first line only"
         )
-    if unknown := sum(truth_of(row.expected, full=True) == "tie" for row in outputs):
+    if unknown := sum(expected_truth(row.expected) == "tie" for row in outputs):
         lines.append(
             f"note: {unknown} of {counts.total} expected outputs state neither true nor false: "
             "no answer to them is correct"

@@ -17,7 +17,7 @@ import numpy as np
 
 from bhpeft.errors import InputError, run_main
 from bhpeft.files import column_indices, input_files, read_rows, write_atomic
-from bhpeft.metrics import first_word, first_word_baseline, truth_of
+from bhpeft.metrics import expected_truth, first_word, first_word_baseline
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, GENERICS = ("text_input", "text_label"), ("generic", "exemplar")
@@ -27,7 +27,9 @@ Pairs = list[tuple[str, str]]
 
 def read_pairs(path: Path, text_column: str | None, label_column: str | None) -> Pairs:
     """Return (input, label) of each row; a .tsv file is split at tabs and knows no quotes, as GLUE's."""
-    tsv = path.suffix == ".tsv"
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        raise InputError(f"{path}: this script reads .csv and .tsv; convert the file first")
+    tsv = path.suffix.lower() == ".tsv"
     header, rows = read_rows(path, *("\t", csv.QUOTE_NONE) if tsv else (",", csv.QUOTE_MINIMAL))
     defaults = GENERICS if set(GENERICS) <= set(header) else COLUMNS
     text, label = column_indices(path, header, [text_column or defaults[0], label_column or defaults[1]])
@@ -68,7 +70,7 @@ def report(name: str, pairs: Pairs, top: int = 10) -> str:
         sd = n.std(ddof=1) if len(n) > 1 else float("nan")
         lines.append(f"{what:<18}{len(n):>9}{n.min():>7}{n.mean():>10.2f}{np.median(n):>9.1f}{n.max():>7}{sd:>10.2f}")
 
-    truths = [truth_of(label, full=True) for _, label in pairs]
+    truths = [expected_truth(label) for _, label in pairs]
     table: dict[str, Counter] = {}
     for (text, _), truth in zip(pairs, truths, strict=True):
         table.setdefault(first_word(text), Counter())[truth] += 1

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bhpeft.adapters.architectures import places_of
-from bhpeft.adapters.bh_peft import PRESETS, BhPeftConfig
+from bhpeft.adapters.bh_peft import PEFT_TYPE, PRESETS, BhPeftConfig
 from bhpeft.adapters.stock import lora_config, prompt_tuning_config
 from bhpeft.errors import InputError
 
@@ -59,9 +60,53 @@ def read_adapter_config(path: str) -> dict:
     if not (Path(path) / "adapter_model.safetensors").is_file():
         raise InputError(f"--adapter_path {path}: the folder holds no adapter_model.safetensors; was saving cut short?")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid JSON ({error}); save the adapter again") from error
+    if not isinstance(config, dict) or config.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise InputError(f"{file}: peft_type {kind!r} is no adapter that peft or bhpeft knows; save the adapter again")
+    return config
+
+
+def weight_shapes(path: str) -> dict[str, list[int]]:
+    """Shapes of an adapter's weights, read from the file's header alone.
+
+    Raises:
+        InputError: the file is cut short or no safetensors file.
+    """
+    file = Path(path) / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "pt") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); was saving cut short? Use another checkpoint") from error
+
+
+def name_of(saved: dict) -> str:
+    """The `--adapter_name` that a saved configuration amounts to."""
+    if saved["peft_type"] == PEFT_TYPE:
+        for name, preset in PRESETS.items():
+            if set(preset["sites"]) == set(saved["sites"]) and preset["bayesian"] == saved["bayesian"]:
+                return name
+        return "bh-peft"
+    return {"PROMPT_TUNING": "prompt-tuning"}.get(saved["peft_type"], saved["peft_type"].lower().replace("_", "-"))
+
+
+def adopt_settings(arguments) -> None:
+    """Set `AdapterArguments` to what the adapter at `--adapter_path` really is, so that records say the truth.
+
+    "qlora" stays where it was asked for: a LoRA adapter does not say whether its base was in 4 bit.
+    """
+    saved = read_adapter_config(arguments.adapter_path)
+    name = name_of(saved)
+    arguments.adapter_name = "qlora" if name == "lora" and arguments.adapter_name == "qlora" else name
+    for theirs, ours in {"r": "lora_rank", "prompt_tuning_init_text": "prompt_init_text"}.items():
+        if theirs in saved:
+            setattr(arguments, ours, saved[theirs])
+    for field in dataclasses.fields(arguments):
+        if field.name in saved and field.name != "adapter_path":
+            setattr(arguments, field.name, saved[field.name])
 
 
 def base_model_of(adapter_path: str) -> str:
@@ -82,6 +127,13 @@ def check_adapter(arguments, config: PretrainedConfig, base_name: str) -> None:
         adapter_config(arguments, config, base_name)
         return
     trained_on = base_model_of(arguments.adapter_path)
+    shapes = weight_shapes(arguments.adapter_path)
+    prompt = shapes.get("prompt_embeddings")
+    if prompt and prompt[1] != config.hidden_size:
+        raise InputError(
+            f"--adapter_path {arguments.adapter_path}: virtual tokens of width {prompt[1]}, and {base_name} has width "
+            f"{config.hidden_size}; give --base_model {trained_on}"
+        )
     # A base keeps its name when its folder moves or it comes from the hub: only the last part has to agree.
     if Path(trained_on).name != Path(base_name).name:
         raise InputError(
@@ -104,7 +156,10 @@ def attach_adapter(base: PreTrainedModel, arguments, base_name: str) -> PeftMode
         InputError: the existing adapter's weights do not fit the base model.
     """
     if arguments.adapter_path is None:
-        model = get_peft_model(base, adapter_config(arguments, base.config, base_name))
+        try:
+            model = get_peft_model(base, adapter_config(arguments, base.config, base_name))
+        except ValueError as error:  # peft's own check of --target_modules
+            raise InputError(f"--adapter_name {arguments.adapter_name}: {error}") from error
     else:
         model = _load_adapter(base, arguments.adapter_path, base_name)
     for parameter in model.parameters():
@@ -119,7 +174,8 @@ def _load_adapter(base: PreTrainedModel, path: str, base_name: str) -> PeftModel
         # peft refuses to load a prompt as trainable; loaded as it is, it is made trainable below.
         model = PeftModel.from_pretrained(base, path, is_trainable=not prompt_learning)
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines()
+        reason = lines[min(1, len(lines) - 1)].strip()  # the first line of torch's only says that something is wrong
         raise InputError(f"--adapter_path {path}: does not fit {base_name} ({reason})") from error
     if prompt_learning:
         # Also for a test alone: in inference mode peft reads the embedding's weight directly, and under ZeRO-3 only

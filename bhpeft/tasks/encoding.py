@@ -95,7 +95,7 @@ class Encoder:
             first = long[0][2]
             raise InputError(
                 f"{what} (longest: {longest} tokens; first: row {first.id}, {first.query[:40]!r}); "
-                f"give --max_length {longest + 32}, or --long_prompts truncate or drop"
+                "raise --max_length as far as the base model has positions, or give --long_prompts truncate or drop"
             )
         if self.long_prompts == "drop":
             notes.append(f"{what}: dropped")

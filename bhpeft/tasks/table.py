@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pandas as pd
 
 from bhpeft.errors import InputError
+from bhpeft.files import read_rows
 from bhpeft.tasks.example import Example
 
+
+def _read_text_table(file: Path, **layout) -> pd.DataFrame:
+    header, rows = read_rows(file, **layout)
+    return pd.DataFrame([fields for _, fields in rows], columns=[name.strip() for name in header], dtype=str)
+
+
 READERS = {
-    ".csv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
-    ".tsv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False, sep="\t", quoting=3),  # 3: no quotes
+    ".csv": _read_text_table,
+    ".tsv": lambda file: _read_text_table(file, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
     ".parquet": pd.read_parquet,
 }
@@ -30,12 +38,15 @@ def read_columns(file: str | Path, columns: list[str]) -> pd.DataFrame:
     file = Path(file)
     if not file.is_file():
         raise InputError(f"{file}: no such file; give an existing one of {', '.join(READERS)}")
-    if file.suffix not in READERS:
+    kind = file.suffix.lower()
+    if kind not in READERS:
         raise InputError(f"{file}: cannot read {file.suffix or 'a file without ending'}; give {', '.join(READERS)}")
+    if file.stat().st_size == 0:
+        raise InputError(f"{file}: is empty; give a header line and rows")
     try:
-        table = READERS[file.suffix](file)
-    except pd.errors.EmptyDataError as error:
-        raise InputError(f"{file}: is empty; give a header line and rows") from error
+        table = READERS[kind](file)
+    except InputError:
+        raise
     except (ValueError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{file}: cannot be read as {file.suffix} ({error})") from error
     missing = [name for name in columns if name not in table.columns]
@@ -48,6 +59,9 @@ def read_columns(file: str | Path, columns: list[str]) -> pd.DataFrame:
         raise InputError(f"{file}: has a header and no rows; give it at least one")
     table = table[columns]
     for name in columns:
+        nested = table[name].map(lambda value: isinstance(value, dict | list)).to_numpy()
+        if nested.any():
+            raise InputError(f"{file}: row {nested.argmax() + 1} has no text in {name!r} but a list or mapping")
         blank = table[name].isna() | (table[name].astype(str).str.strip() == "")
         if blank.any():
             row = int(blank.to_numpy().argmax()) + 1
