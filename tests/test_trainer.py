@@ -41,7 +41,7 @@ def test_a_run_writes_everything_and_is_tested_and_continued_from_its_folder(tra
     assert (table["prob_true"] + table["prob_false"]).to_numpy() == pytest.approx(1.0)
     assert (tmp_path / "results/plots/first/answers.png").stat().st_size > 1000
     assert "==== RUN first ====" in (tmp_path / "results/model_descriptions").read_text()
-    assert "frozen base" in finished.stdout and "It is sure" in finished.stdout or "Asked for" in finished.stdout
+    assert "frozen base" in finished.stdout and "Asked for true or false" in finished.stdout
 
     # Tested again from its folder: the same answers and probabilities.
     adapter = ["--adapter_path", tmp_path / "adapter"]
