@@ -1,10 +1,11 @@
 # make demo [ADAPTER=lora|qlora|prompt-tuning|bh-peft|hybrid]   the whole pipeline in minutes, on CPU or GPU
-# make test                                                     all tests
+# make test [JOBS=2]                                            all tests, two at a time
 # make lint                                                     ruff
 # Each sets up .venv itself. A GPU build, or another CPU build, of torch: make demo TORCH="torch==2.13.0 ..."
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
 ADAPTER ?= lora
+JOBS    ?= 2
 # One rank a GPU; without GPUs two ranks where there are two cores.
 RANKS   ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU | grep -v '^0$$' || { [ $$(nproc) -ge 2 ] && echo 2 || echo 1; })
 BIN     := .venv/bin
@@ -17,7 +18,7 @@ demo: .venv/ready
 	$(RUN) accelerate launch --config_file ds_zero3_cpu.yaml --num_processes $(RANKS) demo/demo.py --adapter_name $(ADAPTER)
 
 test: .venv/test-ready
-	$(RUN) HF_HUB_OFFLINE=1 python -m pytest
+	$(RUN) HF_HUB_OFFLINE=1 python -m pytest -n $(JOBS)
 
 lint: .venv/test-ready
 	$(RUN) ruff check .

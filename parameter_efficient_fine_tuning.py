@@ -13,22 +13,26 @@ import time
 from transformers import set_seed
 
 from bhpeft import environment
-from bhpeft.adapters import adopt_settings, attach_adapter, base_model_of, check_adapter, virtual_tokens
+from bhpeft.adapters import adopt_settings, attach_adapter, base_model_of, check_adapter, is_bayesian, virtual_tokens
 from bhpeft.base_model import (
     check_4bit,
     check_positions,
     load_base_model,
     load_config,
     load_tokenizer,
+    load_with_head,
     parameter_counts,
+    settle_head,
 )
-from bhpeft.config import Run, check_output_dir, name_run, parse_arguments
+from bhpeft.config import Run, adopt_task, check_output_dir, name_run, parse_arguments
 from bhpeft.errors import InputError, run_main
-from bhpeft.prediction import decode_answers, greedy_config
-from bhpeft.record import Answered, say, write_run
-from bhpeft.results import ModelOutput, RunFiles
+from bhpeft.prediction import greedy_config, read_answers
+from bhpeft.record import say, write_run
+from bhpeft.report.answered import Answered
+from bhpeft.results import RunFiles
 from bhpeft.tasks import load_task
-from bhpeft.tasks.encoding import Collator, Encoder
+from bhpeft.tasks.encoding import Collator
+from bhpeft.tasks.question import card_of, make_encoder
 from bhpeft.training import AdapterTrainer, BeforeTraining
 
 
@@ -39,32 +43,46 @@ def main(argv: list[str] | None = None) -> dict | None:
     training = run.training
 
     # What is wrong with the input is found before a weight is loaded.
+    trained_labels = ()
     if run.adapter.adapter_path:
         adopt_settings(run.adapter)
+        trained_labels = adopt_task(run)
+    if run.data.posterior_samples and not is_bayesian(run.adapter):
+        raise InputError(
+            "--posterior_samples: the adapter has no Gaussian weights; train one with --bayesian down or all"
+        )
     name_run(run)
     files = RunFiles(run.output.results_dir, training.run_name)
     files.check_free(run.output.overwrite)
     check_output_dir(run)
     base_name = run.base.base_model or base_model_of(run.adapter.adapter_path)
     config = load_config(base_name, run.base.revision)
-    check_adapter(run.adapter, config, base_name)
     environment.check_compiler(training)
     in_4bit = settle_4bit(run)
-    task = load_task(run.data, training.data_seed, training.do_eval, training.do_train)
-    tokenizer = load_tokenizer(base_name, run.base.revision)
-    encoder = Encoder(tokenizer, run.data.prompt_template, run.data.max_length, run.data.long_prompts)
+    task = load_task(run.data, training.data_seed, training.do_eval, training.do_train, trained_labels)
+    with_head = settle_head(run.base.head, config, task.task_type)
+    head = task.task_type if with_head else "lm"
+    check_adapter(run.adapter, config, base_name, head)
+    tokenizer = load_tokenizer(base_name, run.base.revision, generates=not with_head)
+    encoder = make_encoder(tokenizer, run.data, task, with_head, run.adapter.adapter_path)
     notes = run.notes + task.notes
     train_rows = encoder.train_rows(task.train, notes) if training.do_train else None
     validation_rows = encoder.train_rows(task.validation, notes) if training.do_eval else None
-    test_rows = encoder.test_rows(task.test, task.labels, notes)
-    check_positions(config, run.data.max_length + run.data.max_new_tokens + virtual_tokens(run.adapter))
+    test_rows = encoder.test_rows(task.test, notes)
+    new_tokens = 0 if with_head else run.data.max_new_tokens + virtual_tokens(run.adapter)
+    check_positions(config, run.data.max_length + new_tokens)
     files.prepare()
     say(*notes)
 
     # Frozen base, sharded while it loads; then the adapter, whole on every rank until DeepSpeed takes the model.
     set_seed(training.seed)
-    base = load_base_model(base_name, run.precision, in_4bit, run.base.revision, run.base.attn_implementation)
-    model = attach_adapter(base, run.adapter, base_name)
+    how = (run.precision, in_4bit, run.base.revision, run.base.attn_implementation, run.base.base_dropout)
+    if with_head:
+        base, trained_too = load_with_head(base_name, task.task_type, task.labels, tokenizer.pad_token_id, *how)
+    else:
+        base, trained_too = load_base_model(base_name, *how), []
+    trained_too += run.adapter.modules_to_save or []
+    model = attach_adapter(base, run.adapter, base_name, head, trained_too)
     parameters = parameter_counts(model)
     say("training {trainable:,} of {all:,} parameters ({trainable_percent:.4f} %)".format(**parameters))
 
@@ -75,17 +93,17 @@ def main(argv: list[str] | None = None) -> dict | None:
         eval_dataset=validation_rows,
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
+        with_head=with_head,
     )
     trainer.kl_weight = run.adapter.kl_weight
-    trainer.generation_config = greedy_config(tokenizer, run.data.max_new_tokens)
+    trainer.posterior_samples = run.data.posterior_samples
+    trainer.card = card_of(run.data, task, encoder, in_4bit)
+    if not with_head and run.data.predict_by == "generate":
+        trainer.generation_config = greedy_config(tokenizer, run.data.max_new_tokens, encoder.end_id)
     loaded = time.perf_counter()
 
-    def answer() -> Answered:
-        answers = trainer.answer(test_rows)
-        examples = [task.test[i] for i in answers.index]
-        texts = decode_answers(tokenizer, answers.tokens)
-        outputs = [ModelOutput(e.query, text, e.answer) for e, text in zip(examples, texts, strict=True)]
-        return Answered([e.id for e in examples], outputs, answers.log_likelihoods)
+    def answer(rows=test_rows, examples=task.test) -> Answered:
+        return read_answers(trainer.answer(rows), rows, examples, task, encoder)
 
     def answer_with_base() -> None:
         with trainer.model.disable_adapter():
@@ -101,6 +119,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         trainer.save_model()
     trained = time.perf_counter()
     validation = trainer.evaluate() if training.do_eval else {}
+    if training.do_eval and task.task_type != "generation":
+        answered["validation"] = answer(encoder.test_rows(task.validation, []), task.validation)
     if training.do_predict:
         answered["adapter"] = answer()
     timings = {"load": loaded - started, "train": trained - loaded, "predict": time.perf_counter() - trained}

@@ -2,9 +2,11 @@
 
     python benchmarks/accuracy.py --base_model FOLDER_OF_MINILM --data_path FOLDER_OF_SST2 [--methods bh-peft,lora]
 
-One epoch of GLUE's 67,349 training rows, batches of similar length, padded to their longest row; accuracy on the 872
-rows of GLUE's dev, which nothing is tuned on. Prints a table of each method's mean over the seeds and writes
-results/benchmarks/accuracy.json. --max_train_samples 640 makes it a smoke test.
+One epoch of GLUE's 67,349 training rows; accuracy on the 872 rows of GLUE's dev, which nothing is tuned on. Adapters
+are trained by the project's own trainer with recipes/bh_peft_minilm_sst2.yaml and what SETTINGS change in it; full
+fine-tuning, which it does not offer, by the same Trainer on the same rows. Prints a table of each method's mean over
+the seeds and writes results/benchmarks/accuracy.json after every run. Runs that are in that file already are not
+repeated (--again repeats them). --max_train_samples 640 makes it a smoke test.
 """
 
 from __future__ import annotations
@@ -13,136 +15,131 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from peft import LoraConfig, TaskType, get_peft_model  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoTokenizer, TrainingArguments, set_seed  # noqa: E402
 
-from bhpeft.adapters import BhPeftConfig  # noqa: E402
-from bhpeft.adapters.bh_peft import PRESETS  # noqa: E402
-from bhpeft.base_model import parameter_counts  # noqa: E402
+import parameter_efficient_fine_tuning as trainer_script  # noqa: E402
+from bhpeft.base_model import load_with_head, parameter_counts  # noqa: E402
+from bhpeft.config import DataArguments  # noqa: E402
 from bhpeft.environment import hardware, library_versions  # noqa: E402
-from bhpeft.errors import run_main  # noqa: E402
+from bhpeft.errors import InputError, run_main  # noqa: E402
 from bhpeft.files import write_atomic  # noqa: E402
-from bhpeft.tasks.table import read_columns  # noqa: E402
+from bhpeft.tasks import load_task  # noqa: E402
+from bhpeft.tasks.encoding import Collator  # noqa: E402
+from bhpeft.tasks.head_encoding import HeadEncoder  # noqa: E402
 from bhpeft.training import AdapterTrainer  # noqa: E402
 
-# What each method trains with. Stock LoRA's and full fine-tuning's rates are usual ones; the others are not tuned yet.
-RATES = {"lora": 1e-3, "full": 1e-4, "bh-peft": 2e-3, "mam": 2e-3, "hybrid": 2e-3, "bayesian-lora": 2e-3}
-SITES = {"prefix_length": 10, "bn_reduction_factor": 8, "lora_rank": 4, "lora_alpha": 8.0}
+RECIPE = ROOT / "recipes/bh_peft_minilm_sst2.yaml"
+# What a method changes in the recipe, so that each trains at most 0.7 % besides the head.
+SETTINGS = {
+    "bh-peft": {},
+    "mam": {"bn_reduction_factor": 16},
+    "hybrid": {"lora_rank": 8},
+    "bayesian-lora": {"lora_rank": 8},
+    "lora": {"lora_rank": 8, "learning_rate": 1e-3, "per_device_train_batch_size": 32},  # stock peft, usual values
+    "full": {"learning_rate": 1e-4, "per_device_train_batch_size": 32},
+}
 
 
-def build(method: str, base_model: str, settings: dict):
-    """The base model with the method's adapter and a trainable head; all of it trainable for "full"."""
-    model = AutoModelForSequenceClassification.from_pretrained(base_model, num_labels=2)
-    if method == "full":
-        return model
-    if method == "lora":  # stock peft, rank 8 on query and value
-        return get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16))
-    return get_peft_model(model, BhPeftConfig(task_type=TaskType.SEQ_CLS, **PRESETS[method], **{**SITES, **settings}))
-
-
-def run(method: str, seed: int, flags: argparse.Namespace, train: list[dict], dev: list[dict], tokenizer) -> dict:
-    """Train one method with one seed and return its figures."""
-    set_seed(seed)
-    model = build(method, flags.base_model, json.loads(flags.settings))
-    counts = parameter_counts(model)
-    head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" in n)
-    arguments = TrainingArguments(
-        output_dir=str(ROOT / "adapters" / "benchmark"),
-        per_device_train_batch_size=flags.batch_size,
-        per_device_eval_batch_size=128,
-        num_train_epochs=1,
-        learning_rate=flags.lr or RATES[method],
-        lr_scheduler_type="linear",
-        warmup_steps=0.06,
-        train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        logging_steps=200,
-        report_to="none",
-        seed=seed,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        bf16=flags.bf16,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-    )
-    trainer.kl_weight = flags.kl_weight
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
-    labels = np.array([row["labels"] for row in dev])
-    logits = trainer.predict([{k: v for k, v in row.items() if k != "labels"} for row in dev]).predictions
+def run_adapter(method: str, seed: int, flags: argparse.Namespace) -> dict:
+    """Train and test an adapter by the trainer itself; its record gives the figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--config", RECIPE, "--base_model", flags.base_model, "--data_path", flags.data_path]
+        words += ["--adapter_name", method, "--seed", seed, "--run_name", "run", "--disable_tqdm", "true"]
+        words += ["--results_dir", f"{folder}/results", "--output_dir", f"{folder}/adapter"]
+        words += [word for name, value in SETTINGS[method].items() for word in (f"--{name}", value)]
+        if flags.max_train_samples:
+            words += ["--max_train_samples", flags.max_train_samples]
+        record = trainer_script.main([str(word) for word in words])
     return {
-        "method": method,
-        "seed": seed,
-        "accuracy": float((logits.argmax(1) == labels).mean()),
-        "seconds": seconds,
-        "trainable_percent_without_head": 100 * (counts["trainable"] - head) / counts["all"],
+        "accuracy": record["metrics"]["accuracy"],
+        "nll": record["metrics"]["nll"],
+        "seconds": record["timings"]["train"],
+        "percent": record["parameters"]["adapter_percent"],
     }
+
+
+def run_full(seed: int, flags: argparse.Namespace) -> dict:
+    """Fine-tune every weight, on the rows and in the batches that the adapters see."""
+    data = DataArguments(dataset_name="sst2", data_path=str(flags.data_path), max_length=128)
+    data.max_train_samples = flags.max_train_samples
+    task = load_task(data, 42)
+    tokenizer = AutoTokenizer.from_pretrained(flags.base_model)
+    encoder = HeadEncoder(tokenizer, task.task_type, task.labels, data.max_length)
+    set_seed(seed)
+    model, _ = load_with_head(str(flags.base_model), task.task_type, task.labels, tokenizer.pad_token_id)
+    model.requires_grad_(True)
+    settings = SETTINGS["full"]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, num_train_epochs=1, seed=seed, data_seed=42, lr_scheduler_type="linear",
+            warmup_steps=0.06, train_sampling_strategy="group_by_length", save_strategy="no", report_to="none",
+            disable_tqdm=True, dataloader_pin_memory=False, per_device_eval_batch_size=128,
+            remove_unused_columns=False, logging_steps=200, **settings,
+        )  # fmt: skip
+        rows = encoder.train_rows(task.train, [])
+        collator = Collator(tokenizer.pad_token_id)
+        trainer = AdapterTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collator, with_head=True
+        )
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        answers = trainer.answer(encoder.test_rows(task.test, []))
+    right = [task.labels[i] == e.answer for i, e in zip(answers.scores.argmax(1), task.test, strict=True)]
+    counts = parameter_counts(model)
+    head = sum(parameter.numel() for name, parameter in model.named_parameters() if "classifier" in name)
+    percent = 100 * (counts["trainable"] - head) / counts["all"]
+    return {"accuracy": sum(right) / len(right), "nll": None, "seconds": seconds, "percent": percent}
+
+
+def table(runs: list[dict]) -> str:
+    """Mean and sample deviation of each method over its seeds, as text."""
+    lines = [f"{'method':<16}{'seeds':>6}{'accuracy':>10}{'+-':>8}{'trained % besides head':>24}{'seconds':>9}"]
+    for method in SETTINGS:
+        group = [run for run in runs if run["method"] == method]
+        if not group:
+            continue
+        values = [run["accuracy"] for run in group]
+        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+        seconds = statistics.mean(run["seconds"] for run in group)
+        line = f"{method:<16}{len(group):>6}{statistics.mean(values):>10.4f}{spread:>8}{group[0]['percent']:>24.3f}"
+        lines.append(f"{line}{seconds:>9.0f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", required=True, help="encoder, e.g. the folder of all-MiniLM-L6-v2")
     parser.add_argument("--data_path", type=Path, required=True, help="folder with SST-2's train.tsv and dev.tsv")
-    parser.add_argument("--methods", default=",".join([*PRESETS, "lora", "full"]))
+    parser.add_argument("--methods", default=",".join(SETTINGS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, help="for all methods (default: each its own)")
-    parser.add_argument("--kl_weight", type=float, default=1.0)
-    parser.add_argument("--settings", default="{}", help="JSON of BhPeftConfig fields")
     parser.add_argument("--max_train_samples", type=int)
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/benchmarks/accuracy.json")
+    parser.add_argument("--again", action="store_true", help="repeat runs that the output file holds already")
     flags = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(flags.base_model)
-
-    def rows(name: str) -> list[dict]:
-        table = read_columns(flags.data_path / f"{name}.tsv", ["sentence", "label"])
-        ids = tokenizer(table["sentence"].tolist(), truncation=True, max_length=128)["input_ids"]
-        return [{"input_ids": i, "labels": int(label)} for i, label in zip(ids, table["label"], strict=True)]
-
-    train, dev = rows("train"), rows("dev")
-    if flags.max_train_samples:
-        train = train[: flags.max_train_samples]
-    found = []
-    for method in flags.methods.split(","):
+    methods = flags.methods.split(",")
+    if set(methods) - set(SETTINGS):
+        raise InputError(f"--methods {flags.methods}: must be of {', '.join(SETTINGS)}")
+    runs = []
+    if flags.out.is_file() and not flags.again:
+        runs = json.loads(flags.out.read_text())["runs"]
+        runs = [run for run in runs if run["max_train_samples"] == flags.max_train_samples]
+    for method in methods:
         for seed in map(int, flags.seeds.split(",")):
-            found.append(run(method, seed, flags, train, dev, tokenizer))
-            print(json.dumps(found[-1]), flush=True)
-    print("\nmean and sample deviation over the seeds")
-    print(f"{'method':<16}{'accuracy':>10}{'+-':>8}{'trained %':>12}{'seconds':>10}")
-    for method in flags.methods.split(","):
-        group = [row for row in found if row["method"] == method]
-        values = [row["accuracy"] for row in group]
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        seconds = statistics.mean(row["seconds"] for row in group)
-        share = group[0]["trainable_percent_without_head"]
-        print(f"{method:<16}{statistics.mean(values):>10.4f}{spread:>8.4f}{share:>12.3f}{seconds:>10.0f}")
-    record = {
-        "runs": found,
-        "flags": {k: str(v) for k, v in vars(flags).items() if k not in ("base_model", "data_path")},
-    }
-    record |= {"train_rows": len(train), "versions": library_versions(), "hardware": hardware()}
-    write_atomic(ROOT / "results/benchmarks/accuracy.json", json.dumps(record, indent=2) + "\n")
+            if any(run["method"] == method and run["seed"] == seed for run in runs):
+                continue
+            found = run_full(seed, flags) if method == "full" else run_adapter(method, seed, flags)
+            runs.append({"method": method, "seed": seed, "max_train_samples": flags.max_train_samples, **found})
+            record = {"runs": runs, "settings": SETTINGS, "versions": library_versions(), "hardware": hardware()}
+            write_atomic(flags.out, json.dumps(record, indent=2) + "\n")
+    print("\n" + table(runs))
 
 
 if __name__ == "__main__":

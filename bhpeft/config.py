@@ -22,10 +22,15 @@ from transformers.integrations import get_available_reporting_integrations
 
 from bhpeft import environment
 from bhpeft.errors import InputError, nearest
+from bhpeft.tasks.card import TaskCard
+from bhpeft.tasks.templates import TEMPLATES
 
 UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments puts where no --output_dir is given
 ADAPTER_NAMES = ("bh-peft", "mam", "hybrid", "bayesian-lora", "lora", "qlora", "prompt-tuning")
 LONG_PROMPTS = ("error", "truncate", "drop")
+TASK_TYPES = ("classification", "regression", "multiple_choice", "generation")
+HEADS = ("auto", "task", "lm")
+PREDICT_BY = ("generate", "score")
 
 
 def option(default, help: str, *aliases: str):  # noqa: A002 - `help` is argparse's own word
@@ -42,6 +47,14 @@ class BaseModelArguments:
     load_in_4bit: bool = option(False, "quantise the frozen weights to NF4 with double quantisation (bitsandbytes)")
     allow_full_precision: bool = option(False, "go on unquantised where 4-bit is asked for but cannot be had")
     attn_implementation: str | None = option(None, "eager, sdpa or flash_attention_2 (default: the model's own)")
+    base_dropout: float | None = option(None, "dropout of the frozen base while training (default: the model's own)")
+    head: str = option("auto", "task (a trained head), lm (labels as text), auto: encoders a head, causal models lm")
+
+    def __post_init__(self):
+        if self.base_dropout is not None and not 0 <= self.base_dropout < 1:
+            raise InputError(f"--base_dropout {self.base_dropout}: must be at least 0 and below 1")
+        if self.head not in HEADS:
+            raise InputError(f"--head {self.head}: must be one of {', '.join(HEADS)}")
 
 
 @dataclass
@@ -54,12 +67,14 @@ class AdapterArguments:
     lora_alpha: float = option(16.0, "alpha of the LoRA update (alpha / r) B A")
     lora_dropout: float = option(0.0, "dropout on the input of A while training")
     target_modules: list[str] | None = option(None, "names of the modules LoRA is added to (default: by architecture)")
+    modules_to_save: list[str] | None = option(None, "modules of the base trained whole and saved beside the head")
     num_virtual_tokens: int = option(8, "prompt tuning: number of learned token embeddings before the input")
     prompt_init_text: str | None = option(
         "Determine whether the statement is true or false, and then provide reasoning:",
         "prompt tuning: text whose token embeddings the prompt starts from (empty: random tokens)",
     )
 
+    sites: list[str] | None = option(None, "BH-PEFT: which of prefix, lora, adapter (default: the preset's)")
     prefix_length: int = option(30, "BH-PEFT: number of learned keys and values before each layer's own")
     prefix_bottleneck_size: int = option(8, "BH-PEFT: width of tanh(W_down E), from which the prefix is made")
     prefix_start: str = option("identity", "BH-PEFT: identity (gated, starts as no prefix) or random (the papers')")
@@ -84,6 +99,8 @@ class AdapterArguments:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.prefix_start not in ("identity", "random"):
             raise InputError(f"--prefix_start {self.prefix_start}: must be identity or random")
+        if self.sites is not None and (not self.sites or set(self.sites) - {"prefix", "lora", "adapter"}):
+            raise InputError(f"--sites {' '.join(self.sites)}: must be one or more of prefix, lora, adapter")
         if self.bayesian not in (None, "down", "all", "none"):
             raise InputError(f"--bayesian {self.bayesian}: must be down, all or none")
         if not math.isfinite(self.prior_mu):
@@ -98,9 +115,11 @@ class AdapterArguments:
 class DataArguments:
     """The rows, and how they become text."""
 
-    dataset_name: str | None = option(None, "generics, or a .csv, .tsv, .jsonl or .parquet file")
-    data_path: str | None = option(None, "folder of the dataset in its own distribution layout")
-    test_file: str | None = option(None, "file of test rows (default: a slice of the data is held out)")
+    dataset_name: str | None = option(None, "a known name, a hub id, or a .csv, .tsv, .jsonl or .parquet file")
+    data_path: str | None = option(None, "folder of a known dataset in its own distribution layout (default: the hub)")
+    test_file: str | None = option(None, "file of test rows (default: the dataset's own, else a slice is held out)")
+    task_type: str | None = option(None, f"one of {', '.join(TASK_TYPES)} (default: the dataset's, or inferred)")
+    labels: list[str] | None = option(None, "class names in order (default: the dataset's, or those found, sorted)")
     text_column: str = option("text_input", "column of the input text")
     label_column: str = option("text_label", "column of the expected answer")
     exemplars_per_generic: int = option(1, "generics: exemplars taken of each generic in each file; 0 takes all")
@@ -108,11 +127,20 @@ class DataArguments:
     test_fraction: float = option(0.1, "share held out for the test where there is no --test_file")
     validation_fraction: float = option(0.1, "share of the training data held out for --do_eval")
     max_train_samples: int | None = option(None, "use at most this many training rows")
+    max_validation_samples: int | None = option(None, "use at most this many validation rows")
     max_test_samples: int | None = option(None, "use at most this many test rows")
-    prompt_template: str = option("{text_input}", "text given to the model; {text_input} stands for the input")
+    prompt_template: str = option(
+        "{text_input}",
+        "text given to the model, {text_input} and {instruction} standing for theirs; or a name: instruction, llama2, "
+        "chat (the tokenizer's own)",
+    )
+    instruction: str | None = option(None, "what is asked for, where the template has {instruction} (default: by task)")
+    answer_end: str | None = option(None, "what ends an answer: one token, as a line end (default: end-of-sequence)")
+    predict_by: str = option("generate", "labels as text: generate (free text, may be irregular) or score (likeliest)")
     max_length: int = option(64, "most tokens of prompt and answer together")
     long_prompts: str = option("error", "prompts that leave no room for an answer: error, truncate or drop")
     max_new_tokens: int = option(30, "most tokens generated for an answer")
+    posterior_samples: int = option(0, "score test rows under this many weights drawn from the posterior, too")
 
     def __post_init__(self):
         for name in ("data_fraction", "test_fraction"):
@@ -120,16 +148,30 @@ class DataArguments:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0 and at most 1")
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"--validation_fraction {self.validation_fraction}: must be at least 0 and below 1")
-        for name in ("max_length", "max_new_tokens", "max_train_samples", "max_test_samples"):
+        for name in ("max_length", "max_new_tokens", "max_train_samples", "max_validation_samples", "max_test_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: must be at least 1")
+        if self.posterior_samples < 0 or self.posterior_samples == 1:
+            raise InputError(f"--posterior_samples {self.posterior_samples}: must be 0 (the mean alone), or 2 or more")
         if self.exemplars_per_generic < 0:
             raise InputError(f"--exemplars_per_generic {self.exemplars_per_generic}: must be 0 (all) or more")
         if self.long_prompts not in LONG_PROMPTS:
             raise InputError(f"--long_prompts {self.long_prompts}: must be one of {', '.join(LONG_PROMPTS)}")
-        if "{text_input}" not in self.prompt_template:
-            raise InputError(f"--prompt_template {self.prompt_template!r}: must contain {{text_input}}")
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise InputError(
+                f"--task_type {self.task_type}: unknown;{nearest(self.task_type, TASK_TYPES)} "
+                f"Known: {', '.join(TASK_TYPES)}"
+            )
+        if self.predict_by not in PREDICT_BY:
+            raise InputError(f"--predict_by {self.predict_by}: must be one of {', '.join(PREDICT_BY)}")
+        if self.labels is not None and (len(set(self.labels)) < len(self.labels) or len(self.labels) < 2):
+            raise InputError(f"--labels {' '.join(self.labels)}: must be two or more different names")
+        if self.prompt_template not in TEMPLATES and "{text_input}" not in self.prompt_template:
+            raise InputError(
+                f"--prompt_template {self.prompt_template!r}: must contain {{text_input}}, or be one of "
+                f"{', '.join(TEMPLATES)}"
+            )
 
 
 @dataclass
@@ -139,6 +181,7 @@ class OutputArguments:
     results_dir: str = option("results", "folder of the results")
     overwrite: bool = option(False, "replace the results and the adapter of an earlier run of the same name")
     compare_base: bool = option(False, "answer the test rows with the frozen base as well, before training")
+    smoke: bool = option(False, "a few rows and steps of the same run, to see that everything works")
 
 
 @dataclass
@@ -192,6 +235,7 @@ class Run:
     training: TrainerArguments
     precision: str  # "no" (fp32), "fp16" or "bf16"
     notes: list[str]
+    given: frozenset[str] = frozenset()  # names of the flags that were given, in a recipe or on the command line
 
     @property
     def load_in_4bit(self) -> bool:
@@ -238,6 +282,8 @@ def _recipe_as_flags(path: str, known: set[str]) -> list[str]:
         if value is None:
             continue
         if isinstance(value, list):
+            if any(isinstance(item, bool) for item in value):
+                raise InputError(f"{path}: {name}: YAML reads yes, no, on and off as truth values; put them in quotes")
             words += [f"--{name}", *map(str, value)]
         else:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
@@ -282,7 +328,10 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
     except ValueError as error:  # TrainingArguments refuses a value or a combination
         raise InputError(str(error)) from error
     environment.set_precision(training, precision)
-    run = Run(base, adapter, data, output, training, precision, notes)
+    given = frozenset(word[2:].split("=")[0] for word in words if word.startswith("--"))
+    run = Run(base, adapter, data, output, training, precision, notes, given)
+    if output.smoke:
+        _make_small(run)
     _check(run)
     return run
 
@@ -298,6 +347,22 @@ def _config_of(argv: list[str]) -> str | None:
     return None
 
 
+def _make_small(run: Run) -> None:
+    """--smoke: everything a run does, on a handful of rows; nothing that decides what the code does is changed."""
+    data, training = run.data, run.training
+    data.max_train_samples = min(data.max_train_samples or 64, 64)
+    data.max_validation_samples = min(data.max_validation_samples or 16, 16)
+    data.max_test_samples = min(data.max_test_samples or 16, 16)
+    data.max_new_tokens = min(data.max_new_tokens, 8)
+    data.long_prompts = "truncate"
+    training.max_steps = min(training.max_steps, 4) if training.max_steps > 0 else 4
+    training.per_device_train_batch_size = min(training.per_device_train_batch_size, 4)
+    training.gradient_accumulation_steps = min(training.gradient_accumulation_steps, 2)
+    training.logging_steps = 1
+    training.warmup_steps = 0
+    run.notes.append("--smoke: at most 64 training, 16 validation and 16 test rows, 4 steps; its figures mean nothing")
+
+
 def _check(run: Run) -> None:
     """Settings that only make sense together, and the names that follow from others."""
     checkpoint = run.training.resume_from_checkpoint
@@ -306,13 +371,43 @@ def _check(run: Run) -> None:
         whole = ", ".join(sorted(str(file.parent) for file in beside)) or "none"
         raise InputError(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; whole ones beside it: {whole}")
     if not run.data.dataset_name:
-        raise InputError("--dataset_name: missing; give 'generics' or a .csv file with text_input,text_label")
+        raise InputError("--dataset_name: missing; give a known name, or a .csv file with text_input,text_label")
     if not run.base.base_model and not run.adapter.adapter_path:
         raise InputError("--base_model: missing; give a hub id or a folder (or --adapter_path, which knows its base)")
     if not run.training.do_train and not run.adapter.adapter_path:
         raise InputError("--do_train false: there is nothing to test; give --adapter_path FOLDER")
     if not (run.training.do_train or run.training.do_eval or run.training.do_predict):
         raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; switch one on")
+
+
+def adopt_task(run: Run) -> tuple[str, ...]:
+    """Set what is asked to what the adapter at `--adapter_path` was trained for, where no flag says otherwise.
+
+    Returns:
+        The labels it was trained with, in their order; empty where its folder says nothing.
+
+    Raises:
+        InputError: `--task_type` is another one than it was trained for.
+    """
+    card = TaskCard.read(run.adapter.adapter_path)
+    if card is None:
+        return ()
+    if run.data.task_type not in (None, card.task_type):
+        raise InputError(
+            f"--task_type {run.data.task_type}: the adapter {run.adapter.adapter_path} was trained for {card.task_type}"
+        )
+    run.data.task_type = card.task_type
+    if run.base.head == "auto":
+        run.base.head = "task" if card.head else "lm"
+    for name in ("prompt_template", "instruction", "max_length", "answer_end", "predict_by"):
+        if name not in run.given:
+            setattr(run.data, name, getattr(card, name))
+    if card.base_in_4bit and not run.load_in_4bit and not run.base.allow_full_precision:
+        run.base.load_in_4bit = True
+        run.notes.append("base in 4 bit, as the adapter was trained; --allow_full_precision loads it whole")
+    if card.task_type != "classification" or (run.data.labels and not card.head):
+        return ()  # labels as text may be others in another run; a head's are fixed
+    return tuple(card.labels)
 
 
 def name_run(run: Run) -> None:

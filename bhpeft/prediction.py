@@ -5,23 +5,53 @@ Both run on every rank at once: under ZeRO-3 a rank that skips a forward pass le
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bhpeft.tasks.encoding import IGNORED
+from bhpeft.report.answered import Answered
+from bhpeft.results import ModelOutput
+from bhpeft.tasks import Example, Task
+from bhpeft.tasks.encoding import IGNORED, Encoder
+from bhpeft.tasks.head_encoding import HeadEncoder
 
 
-def greedy_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding up to end-of-sequence, whatever sampling the base model's own settings ask for."""
+@dataclass
+class Answers:
+    """What the model answered to test rows, in their order, complete on every rank.
+
+    Attributes:
+        index: (N,) which example each row is.
+        tokens: (N, max_new_tokens) generated token ids, or None where nothing is generated.
+        scores: (N, C) log-likelihoods of the row's `label_ids`, or the logits of the model's own head.
+        samples: (N, S, C) the same under S weights drawn from the posterior, or None.
+    """
+
+    index: np.ndarray
+    tokens: np.ndarray | None
+    scores: np.ndarray
+    samples: np.ndarray | None = None
+
+
+def greedy_config(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, end_id: int | None = None
+) -> GenerationConfig:
+    """Greedy decoding up to the answer's end, whatever sampling the base model's own settings ask for.
+
+    Args:
+        end_id: the token that ends an answer beside the end-of-sequence token.
+    """
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, tokenizer.eos_token_id if end_id is None else end_id}),
         bos_token_id=tokenizer.bos_token_id,
     )
 
@@ -117,20 +147,52 @@ def label_log_likelihoods(
     places = counts[:, None] + torch.arange(tokens, device=text.device)  # where each label token stands
     text = text.scatter(1, places, wanted.clamp(min=0))
     mask = torch.arange(length + tokens, device=text.device) < (counts + (wanted != IGNORED).sum(1))[:, None]
-    logits = model(input_ids=text, attention_mask=mask.long()).logits
-    logits = logits[:, -(length + tokens) :]  # prompt tuning's virtual tokens come before
-    before = (places - 1)[..., None].expand(-1, -1, logits.shape[-1])
+    width = int(mask.sum(1).max())  # the longest prompt need not be the one with the longest label
+    logits = model(input_ids=text[:, :width], attention_mask=mask[:, :width].long()).logits
+    logits = logits[:, -width:]  # prompt tuning's virtual tokens come before
+    before = (places - 1).clamp(max=width - 1)[..., None].expand(-1, -1, logits.shape[-1])
     log_p = logits.gather(1, before).float().log_softmax(-1)  # (B * C, T, vocabulary)
     log_p = log_p.gather(2, wanted.clamp(min=0)[..., None])[..., 0]
     return log_p.masked_fill(wanted == IGNORED, 0).sum(1).view(batch, labels)
 
 
-def decode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]]) -> list[str]:
-    """Text of generated token ids, each cut at its first end-of-sequence token."""
+def decode_answers(
+    tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]], end_id: int | None = None
+) -> list[str]:
+    """Text of generated token ids, each cut at its first end-of-sequence token, or that of `end_id`."""
+    ends = {tokenizer.eos_token_id, end_id}
     texts = []
     for ids in answers:
-        ids = list(ids)
-        if tokenizer.eos_token_id in ids:
-            ids = ids[: ids.index(tokenizer.eos_token_id)]
+        ids = list(itertools.takewhile(lambda token: token not in ends, ids))
         texts.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
     return texts
+
+
+def read_answers(
+    answers: Answers, rows: Sequence[dict], examples: Sequence[Example], task: Task, encoder: Encoder | HeadEncoder
+) -> Answered:
+    """Answers as reports take them: texts beside the expected ones, and scores in the labels' own units.
+
+    Args:
+        rows: as of `encoder.test_rows(examples)`; dropped examples have none.
+    """
+    examples = [examples[i] for i in answers.index]
+    scores, tokens, mean, deviation = np.asarray(answers.scores, dtype=np.float64), None, 0.0, 1.0
+    samples = None if answers.samples is None else np.asarray(answers.samples, dtype=np.float64)
+    if task.task_type == "regression":
+        mean, deviation = encoder.standardiser.mean, encoder.standardiser.deviation
+        scores = encoder.standardiser.restore(scores)
+        samples = None if samples is None else encoder.standardiser.restore(samples)
+    if answers.tokens is not None:
+        texts = decode_answers(encoder.tokenizer, answers.tokens, encoder.end_id)
+    elif task.task_type == "regression":
+        texts = [f"{value:.4f}" for value in scores[:, 0]]
+    elif task.labels:
+        texts = [task.labels[i] for i in scores.argmax(axis=1)]
+    else:
+        texts = [""] * len(examples)  # free text that was scored alone
+    if task.task_type == "generation" and not task.labels:
+        tokens = np.array([len(row["label_ids"][0]) for row in rows])
+    outputs = [ModelOutput(e.query, text, e.answer) for e, text in zip(examples, texts, strict=True)]
+    ids = [example.id for example in examples]
+    return Answered(ids, outputs, scores, answers.tokens is not None, tokens, mean, deviation, samples)

@@ -5,30 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bhpeft.adapters.bh_peft import kl_divergence, mean_sigma
-from bhpeft.prediction import generate, label_log_likelihoods
-
-
-@dataclass
-class Answers:
-    """What the model answered to the test rows, in their order, complete on every rank.
-
-    Attributes:
-        index: (N,) which example each row is.
-        tokens: (N, max_new_tokens) generated token ids.
-        log_likelihoods: (N, C) of each label as the opening of the answer, or None without labels.
-    """
-
-    index: np.ndarray
-    tokens: np.ndarray
-    log_likelihoods: np.ndarray | None
+from bhpeft.adapters.bh_peft import kl_divergence, kl_gradient_norm, mean_sigma, nll_gradient_norm
+from bhpeft.adapters.posterior import posterior_noise
+from bhpeft.prediction import Answers, generate, label_log_likelihoods
+from bhpeft.tasks.card import TaskCard
 
 
 class AdapterTrainer(Trainer):
@@ -37,12 +23,23 @@ class AdapterTrainer(Trainer):
     Everything else (sharding, accumulation, checkpoints, logging, resuming) is the Trainer's.
     """
 
-    generation_config: GenerationConfig
+    generation_config: GenerationConfig | None = None  # None: labels are scored and no text is generated
     kl_weight: float = 1.0
+    posterior_samples: int = 0  # S > 0: rows to answer are scored under S weights drawn from the posterior as well
+    card: TaskCard | None = None  # written beside the adapter
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, with_head: bool = False, **kwargs):
+        """Args:
+        with_head: the model answers by a head of its own. Its loss is the mean over a micro-batch: it takes no
+            count of items, although the Trainer thinks so of every forward with **kwargs.
+        """
         super().__init__(*args, **kwargs)
+        self.with_head = with_head
+        if with_head:
+            self.model_accepts_loss_kwargs = False
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._scale: torch.Tensor | None = None  # what the loss is multiplied by before its gradient is taken
+        self._parts = 1  # of how many micro-steps a step's loss is the sum
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean NLL + kl_weight * KL / N, N training rows: one scalar, one backward pass.
@@ -54,18 +51,40 @@ class AdapterTrainer(Trainer):
         if kl is None:
             return result
         nll, *outputs = result if return_outputs else (result,)
-        term = self.kl_weight * kl / len(self.train_dataset)
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            # Here the Trainer sums over micro-steps, as the NLL is divided by the tokens of all of them already.
-            term = term / self.current_gradient_accumulation_steps
+        if nll.requires_grad:
+            nll.register_hook(self._note_scale)
+        share = self.kl_weight / len(self.train_dataset)
+        term = share * kl
+        # Where the NLL is divided by the tokens of all micro-steps of a step, the Trainer sums over them.
+        summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        self._parts = self.current_gradient_accumulation_steps if summed else 1
+        term = term / self._parts
+        self._terms["nll"].append(nll.detach() * self._parts)
         self._terms["kl"].append(kl.detach())
         self._terms["kl_term"].append(term.detach())
+        self._terms["kl_grad_norm"].append(share * kl_gradient_norm(self.model))
         self._terms["sigma"].append(mean_sigma(self.model))
         loss = nll + term.to(nll)
         return (loss, *outputs) if return_outputs else loss
 
+    def _note_scale(self, gradient: torch.Tensor) -> None:
+        self._scale = gradient.detach()
+
+    def training_step(self, *args, **kwargs):
+        """One micro-step; beside it the norm of the NLL's gradient by the Gaussian weights (this rank's rows).
+
+        The loss is scaled for fp16 and divided over accumulated micro-steps: what flows back into the NLL is that
+        factor, and is taken out again.
+        """
+        self._scale = None
+        loss = super().training_step(*args, **kwargs)
+        if self._scale is not None:
+            self._terms["nll_grad_norm"].append(nll_gradient_norm(self.model) / self._scale * self._parts)
+        return loss
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Beside the loss: KL (nats), its part of the loss, and the mean sigma, since the last log."""
+        """Beside the loss: NLL, KL (nats), its part of the loss, both gradients' norms by the Gaussian weights, and the
+        mean sigma; each the mean over the micro-steps since the last log."""
         if "loss" in logs:
             for name, values in self._terms.items():
                 logs[name] = round(torch.stack(values).mean().item(), 6)
@@ -73,31 +92,51 @@ class AdapterTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """For rows to answer (`Encoder.test_rows`) their index, generated tokens and label scores; else as usual."""
+        """For rows to answer (`test_rows` of an encoder) their index, tokens and scores; else as usual."""
         if "index" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        with self.compute_loss_context_manager():
-            # Not through `model`, DeepSpeed's wrapper: it has no generate. The layers gather their shards themselves.
-            tokens = generate(self.model, ids, mask, self.generation_config)
-            outputs = [inputs["index"], tokens]
-            if "label_ids" in inputs:
-                outputs.append(label_log_likelihoods(model, ids, mask, inputs["label_ids"]))
+        index = inputs.pop("index")
+        outputs = [index]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.generation_config is not None:
+                # Not through `model`, DeepSpeed's wrapper: it has no generate. The layers gather their shards.
+                prompts = inputs["input_ids"], inputs["attention_mask"]
+                outputs.append(generate(self.model, *prompts, self.generation_config))
+            outputs.append(self._scores(model, inputs))
+            if self.posterior_samples:
+                outputs.append(self._sampled_scores(model, inputs))
         return None, tuple(outputs), None
 
+    def _scores(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, C) logits of the head, or log-likelihoods of `label_ids`."""
+        if self.with_head:
+            return model(**inputs).logits.float()
+        return label_log_likelihoods(model, inputs["input_ids"], inputs["attention_mask"], inputs["label_ids"])
+
+    def _sampled_scores(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, S, C) scores under S weights, in one pass; the weights are the same for every batch and rank."""
+        count = self.posterior_samples
+        with posterior_noise(self.model, count, seed=self.args.seed):
+            repeated = {name: value.repeat(count, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+            return self._scores(model, repeated).unflatten(0, (count, -1)).transpose(0, 1).contiguous()
+
     def answer(self, rows: Sequence[dict]) -> Answers:
-        """Answer test rows on all ranks and gather the answers.
+        """Answer test rows on all ranks and gather the answers, in the rows' order.
 
         Args:
-            rows: as of `Encoder.test_rows`.
+            rows: as of `test_rows` of an encoder.
         """
-        index, tokens, *scores = self.predict(rows).predictions
-        # Ranks take equal numbers of rows, so some rows are answered twice: keep each once.
+        index, *found = self.predict(rows).predictions
+        # Ranks take equal numbers of rows, so some rows are answered twice, and rows of like length together: the
+        # index brings each back to its place once.
         _, first = np.unique(index, return_index=True)
         if len(first) != len(rows):
             raise RuntimeError(f"{len(first)} of {len(rows)} test rows were answered")
-        return Answers(index[first], tokens[first], scores[0][first] if scores else None)
+        found = [part[first] for part in found]
+        samples = found.pop() if self.posterior_samples else None
+        scores = found.pop()
+        return Answers(index[first], found[0] if found else None, scores, samples)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as a PEFT folder. Every rank must call it.
@@ -112,6 +151,8 @@ class AdapterTrainer(Trainer):
                 is_main_process=self.args.should_save,
                 save_embedding_layers=False,  # the base is frozen; looking whether it is would ask the hub
             )
+        if self.card is not None and self.args.should_save:
+            self.card.write(output_dir or self.args.output_dir)
         self.accelerator.wait_for_everyone()
 
 

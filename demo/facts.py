@@ -175,9 +175,18 @@ drum       |                                | have a mouthpiece, need a bow, hav
 }
 
 # What people mix up: kinds and the group they do not belong to (for the others a wrong group is drawn).
-MISTAKEN = {"bats": "birds", "whales": "fish", "dolphins": "fish", "spiders": "insects", "penguins": "fish",
-            "snails": "insects", "otters": "fish", "platypuses": "birds", "turtles": "fish",
-            "frogs": "reptiles"}
+MISTAKEN = {
+    "bats": "birds",
+    "whales": "fish",
+    "dolphins": "fish",
+    "spiders": "insects",
+    "penguins": "fish",
+    "snails": "insects",
+    "otters": "fish",
+    "platypuses": "birds",
+    "turtles": "fish",
+    "frogs": "reptiles",
+}
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Row(NamedTuple):
 
 # ---- what is true in the world -----------------------------------------------------------------------------
 
+
 def ancestors(name: str) -> list[str]:
     """The groups of a thing, the nearest first: penguins -> birds, animals."""
     chain = []
@@ -111,6 +112,7 @@ def reason(fact: Fact, shown: bool) -> tuple[str, frozenset]:
 
 
 # ---- the statements, for the adapter -----------------------------------------------------------------------
+
 
 def judged(fact: Fact, quantifier: str) -> tuple[bool, bool] | None:
     """Whether "<quantifier> <subject> <prop>." is true, and whether its reason shows one that does `prop`."""
@@ -204,19 +206,34 @@ def telling(fact: Fact, rng: random.Random) -> str:
     subject, prop, value, source = fact
     if value == "some":
         one, other = example(subject, prop, True), example(subject, prop, False)
-        return capital(rng.choice([f"not all {subject} {prop} because {other} do not.",
-                                   f"{one} {prop} but {other} do not, and both are {subject}.",
-                                   f"among {subject}, {one} {prop} and {other} do not."]))
+        return capital(
+            rng.choice(
+                [
+                    f"not all {subject} {prop} because {other} do not.",
+                    f"{one} {prop} but {other} do not, and both are {subject}.",
+                    f"among {subject}, {one} {prop} and {other} do not.",
+                ]
+            )
+        )
     singular = THINGS[subject].singular
     one = f"{'an' if singular[0] in 'aeiou' else 'a'} {singular}"
     said = clause(subject, prop, value)
-    forms = [f"{said}.", f"{said}.", f"{one} {third_person(prop) if value else 'does not ' + prop}.",
-             f"it is true that {said}.", f"it is false that {clause(subject, prop, not value)}.",
-             f"all know that {said}.", f"some think that {clause(subject, prop, not value)}, but {said}.",
-             f"no one doubts that {said}."]
+    forms = [
+        f"{said}.",
+        f"{said}.",
+        f"{one} {third_person(prop) if value else 'does not ' + prop}.",
+        f"it is true that {said}.",
+        f"it is false that {clause(subject, prop, not value)}.",
+        f"all know that {said}.",
+        f"some think that {clause(subject, prop, not value)}, but {said}.",
+        f"no one doubts that {said}.",
+    ]
     if source != subject:
-        forms += [f"{said} because they are {source}.", f"like all {source}, {said}.",
-                  f"{subject} are {source} and {clause(source, prop, value)}."]
+        forms += [
+            f"{said} because they are {source}.",
+            f"like all {source}, {said}.",
+            f"{subject} are {source} and {clause(source, prop, value)}.",
+        ]
     return capital(rng.choice(forms))
 
 
@@ -228,8 +245,17 @@ def belonging(name: str, rng: random.Random) -> str:
         wrong = rng.choice([t.name for t in THINGS.values() if t.is_group and t.name not in [name, *home]])
     no = f"{name} are {home[0]}" if home[0] not in ancestors(wrong) else f"{name} are not {wrong}"
     yes = f"{name} are {home[0]}"
-    return capital(rng.choice([f"{yes}.", f"it is true that {yes}.", f"it is false that {name} are {wrong}.",
-                               f"are {name} {home[0]}? Yes, {yes}.", f"are {name} {wrong}? No, {no}."]))
+    return capital(
+        rng.choice(
+            [
+                f"{yes}.",
+                f"it is true that {yes}.",
+                f"it is false that {name} are {wrong}.",
+                f"are {name} {home[0]}? Yes, {yes}.",
+                f"are {name} {wrong}? No, {no}.",
+            ]
+        )
+    )
 
 
 def plain_sentences(seed: int = SEED, each: int = 2) -> list[str]:

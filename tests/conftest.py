@@ -85,6 +85,38 @@ def _pretrain(model, tokenizer, steps: int = 60) -> None:
 
 
 @pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory) -> Path:
+    """A RoBERTa of 0.1 M random weights, saved without head and pooler as roberta-base is, with a tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(row) for row in statement_rows()] * 3, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        cls_token="<s>", sep_token="</s>", mask_token="<mask>",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=514, type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("encoder") / "tiny-roberta"
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def statements(tmp_path_factory) -> tuple[Path, Path]:
     """(train.csv, test.csv) of `statement_rows`, every sixth row in the test."""
     import csv
@@ -98,6 +130,18 @@ def statements(tmp_path_factory) -> tuple[Path, Path]:
             writer.writerow(["text_input", "text_label"])
             writer.writerows(part)
     return folder / "train.csv", folder / "test.csv"
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    """The statements as a file of two classes: text_input, text_label "yes" or "no"."""
+    import csv
+
+    with open(tmp_path / "labelled.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text_input", "text_label"])
+        writer.writerows((q, "yes" if answer.startswith("True") else "no") for q, answer in statement_rows())
+    return tmp_path / "labelled.csv"
 
 
 def run_command(words: list, cwd: Path = ROOT, timeout: int = 240, **environment) -> subprocess.CompletedProcess:
@@ -118,15 +162,17 @@ def run_command(words: list, cwd: Path = ROOT, timeout: int = 240, **environment
 def train(tiny_model, statements, tmp_path):
     """Run the trainer on the tiny model: `train(*flags, launcher=[...])`; results go to `tmp_path/results`.
 
+    `data` takes the place of the statements and of the tiny model.
+
     Returns the finished process; a failed one fails the test, with what it printed.
     """
 
-    def run(*flags, launcher: list | None = None, script: str = "parameter_efficient_fine_tuning.py"):
+    def run(*flags, launcher: list | None = None, script: str = "parameter_efficient_fine_tuning.py", data=None):
+        own = ["--base_model", tiny_model, "--dataset_name", statements[0], "--test_file", statements[1]]
         words = [
-            *(launcher or [sys.executable]), ROOT / script,
-            "--base_model", tiny_model, "--dataset_name", statements[0], "--test_file", statements[1],
-            "--results_dir", tmp_path / "results", "--output_dir", tmp_path / "adapter", "--max_length", 48,
-            "--max_new_tokens", 12, "--logging_steps", 1, *flags,
+            *(launcher or [sys.executable]), ROOT / script, *(data or own),
+            "--results_dir", tmp_path / "results", "--output_dir", tmp_path / "adapter",
+            "--max_length", 48, "--max_new_tokens", 12, "--logging_steps", 1, *flags,
         ]  # fmt: skip
         finished = run_command(words, cwd=tmp_path)
         assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]

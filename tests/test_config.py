@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bhpeft import environment
-from bhpeft.config import check_output_dir, name_run, parse_arguments
+from bhpeft.config import adopt_task, check_output_dir, name_run, parse_arguments
 from bhpeft.errors import InputError, nearest
+from bhpeft.tasks.card import TaskCard
 
 BASE = ["--base_model", "m", "--dataset_name", "generics"]
 
@@ -95,6 +96,7 @@ def test_mistakes_in_flags(flags, words):
         ("lora_rnk: 4", ["unknown key 'lora_rnk'", "Did you mean 'lora_rank'?"]),
         ("- a\n- b", ["mapping"]),
         ("a: [", ["not valid YAML"]),
+        ("labels: [yes, no]", ["truth values", "quotes"]),
         ("config: x.yaml", ["unknown key 'config'"]),
         ("base_model: m", ["--dataset_name: missing"]),
         ("dataset_name: generics", ["--base_model: missing"]),
@@ -155,3 +157,17 @@ def test_precision_reaches_the_trainer():
 
 def test_nearest_says_nothing_where_nothing_is_near():
     assert nearest("zzzzzz", ["lora_rank"]) == ""
+
+
+def test_a_flag_beats_what_an_adapter_was_trained_for(tmp_path):
+    card = TaskCard("classification", ["n", "p"], False, "X {text_input}", None, 512, "score")
+    card.write(tmp_path)
+    adapter = [*BASE, "--adapter_path", str(tmp_path)]
+    run = parse_arguments(adapter)
+    assert adopt_task(run) == ("n", "p")
+    assert (run.data.predict_by, run.data.max_length, run.data.prompt_template) == ("score", 512, "X {text_input}")
+    run = parse_arguments([*adapter, "--predict_by", "generate", "--max_length", "64", "--labels", "a", "b"])
+    assert adopt_task(run) == ()
+    assert (run.data.predict_by, run.data.max_length, run.data.prompt_template) == ("generate", 64, "X {text_input}")
+    with pytest.raises(InputError, match="was trained for classification"):
+        adopt_task(parse_arguments([*adapter, "--task_type", "regression"]))

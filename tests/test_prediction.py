@@ -30,10 +30,10 @@ def model(request, tiny_model):
 @pytest.fixture
 def batch_of(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    encoder = Encoder(tokenizer, "{text_input}", 64)
 
     def make(*queries, labels=("True", "False, no cats")):
-        rows = encoder.test_rows([Example(str(i), q, "True", q) for i, q in enumerate(queries)], labels, [])
+        encoder = Encoder(tokenizer, "{text_input}", 64, labels=labels)
+        rows = encoder.test_rows([Example(str(i), q, "True", q) for i, q in enumerate(queries)], [])
         return tokenizer, rows, Collator(tokenizer.pad_token_id)(rows)
 
     return make

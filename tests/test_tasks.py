@@ -78,7 +78,7 @@ def test_rows_of_the_test_file_are_not_trained_on(tmp_path):
         DataArguments(dataset_name=str(tmp_path / "train.csv"), test_file=str(tmp_path / "test.csv")), seed=0
     )
     assert [e.query for e in task.train] == ["a", "c"]
-    assert any("1 training rows also stand in the test file" in note for note in task.notes)
+    assert any("1 training rows also stand in the test rows" in note for note in task.notes)
 
 
 def test_duplicate_inputs_stay_on_one_side(tmp_path):
@@ -137,6 +137,27 @@ def test_broken_tables_are_named(tmp_path, content, words):
     assert all(word in str(error.value) for word in [str(file), *words]), str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"text_input": "a", "text_label": "b"}\n{"text_input": "a", \n', [":2:", "no JSON"]),
+        (b'{"text_input": "a", "text_label": "b"}\n["a", "b"]\n', [":2:", "list instead of an object"]),
+        (b'{"text_input": "a", "text_label": "b"}\n{"text_input": "a", "text_label": 3}\n', ["row 2", "number '3'"]),
+        (b'{"text_input": "a", "text_label": true}\n{"text_input": "a", "text_label": 1}\n', ["row 2", "truth value"]),
+        (b'{"text_input": "a", "text_label": "b"}\n{"text_input": "caf\xe9", "text_label": "b"}\n', [":2:", "0xe9"]),
+        (b'{"text_input": "a", "text_label": "b"}\n{"text_input": "a"}\n', ["row 2", "empty 'text_label'"]),
+        (b'{"text_input": "a", "text_label": ["b"]}\n', ["row 1", "list or mapping"]),
+        (b"\n\n", ["text_input"]),
+    ],
+)
+def test_broken_json_lines_are_named(tmp_path, content, words):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_examples(file, "text_input", "text_label")
+    assert all(word in str(error.value) for word in [str(file), *words]), str(error.value)
+
+
 # ------------------------------------------------------------------------------------------ encoding
 
 
@@ -150,7 +171,7 @@ def example(query, answer="True, cats sleep."):
 
 
 def test_loss_covers_the_answer_and_nothing_else(tokenizer):
-    encoder = Encoder(tokenizer, "Q: {text_input} A: ", 64)
+    encoder = Encoder(tokenizer, "Q: {text_input} A: ", 64, labels=["True", "False"])
     [row] = encoder.train_rows([example("Do cats sleep?")], [])
     trained = [t for t in row["labels"] if t != IGNORED]
     assert tokenizer.decode(trained) == " True, cats sleep.</s>"
@@ -158,7 +179,7 @@ def test_loss_covers_the_answer_and_nothing_else(tokenizer):
     assert tokenizer.decode(row["input_ids"][:first]) == "<s>Q: Do cats sleep? A:"
     assert row["input_ids"][first:] == row["labels"][first:]
     # What is trained on is what is generated from, token for token.
-    [test_row] = encoder.test_rows([example("Do cats sleep?")], ["True", "False"], [])
+    [test_row] = encoder.test_rows([example("Do cats sleep?")], [])
     assert test_row["input_ids"] == row["input_ids"][:first]
     assert tokenizer.decode(test_row["label_ids"][1]) == " False"
 
@@ -170,14 +191,14 @@ def test_an_answer_follows_a_line_end_at_once(tokenizer):
 
 
 def test_batches_are_padded_right_to_train_and_left_to_generate(tokenizer):
-    encoder = Encoder(tokenizer, "{text_input}", 64)
+    encoder = Encoder(tokenizer, "{text_input}", 64, labels=["True", "False, no"])
     examples = [example("Do cats sleep?"), example("Do cats and dogs and owls sleep at dawn?", "False, no.")]
     batch = Collator(tokenizer.pad_token_id)(encoder.train_rows(examples, []))
     for row, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         count = int(mask.sum())
         assert mask.tolist() == [1] * count + [0] * (len(mask) - count)
         assert (labels[count:] == IGNORED).all() and (row[count:] == tokenizer.pad_token_id).all()
-    batch = Collator(tokenizer.pad_token_id)(encoder.test_rows(examples, ["True", "False, no"], []))
+    batch = Collator(tokenizer.pad_token_id)(encoder.test_rows(examples, []))
     assert all(mask.tolist() == sorted(mask.tolist()) for mask in batch["attention_mask"])
     assert batch["index"].tolist() == [0, 1]
     assert batch["label_ids"].shape[:2] == (2, 2) and (batch["label_ids"][:, 0] == IGNORED).any()
@@ -188,13 +209,13 @@ def test_long_prompts_stop_the_run_or_are_mended_and_counted(tokenizer):
     short = example("Do cats sleep?")
     with pytest.raises(InputError, match=r"1 of 2 training prompts .* --max_length 16 .*--long_prompts"):
         Encoder(tokenizer, "{text_input}", 16).train_rows([short, long], [])
-    for mode, rows, word in (("truncate", 2, "cut to their last 8 tokens"), ("drop", 1, "dropped")):
+    for mode, rows, word in (("truncate", 2, "the end of their input is cut"), ("drop", 1, "dropped")):
         notes = []
         encoded = Encoder(tokenizer, "{text_input}", 16, mode).train_rows([short, long], notes)
         assert len(encoded) == rows and word in notes[0]
         assert all(len(row["input_ids"]) <= 16 and any(t != IGNORED for t in row["labels"]) for row in encoded)
     notes = []
-    kept = Encoder(tokenizer, "{text_input}", 16, "drop").test_rows([long, short], [], notes)
+    kept = Encoder(tokenizer, "{text_input}", 16, "drop").test_rows([long, short], notes)
     assert [row["index"] for row in kept] == [1] and "dropped" in notes[0]
 
 

@@ -32,7 +32,7 @@ def gradients(tiny_model, tmp_path, batch, accumulation, kl_weight):
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         max_steps=1, max_grad_norm=0, report_to="none", save_strategy="no", remove_unused_columns=False,
-        learning_rate=0.0, disable_tqdm=True,
+        learning_rate=0.0, disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     trainer = AdapterTrainer(
         model=model, args=arguments, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id)
@@ -66,6 +66,33 @@ def test_the_kl_part_of_the_gradient_is_the_closed_form(tiny_model, tmp_path):
             assert torch.allclose(part, closed, rtol=1e-3, atol=1e-3 * closed.abs().max().item()), name
             checked += 1
     assert checked == len(gaussian_layers(model)) == 7
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_gradient_norms_of_nll_and_kl_are_logged_apart(tiny_model, tmp_path, accumulation):
+    """Over the Gaussian weights: that of the KL in closed form, that of the NLL from what flows back without the KL."""
+    seen = {}
+    original = AdapterTrainer.log
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            AdapterTrainer, "log", lambda self, logs, *a, **k: (original(self, logs, *a, **k), seen.update(logs))
+        )
+        with_kl, model, rows = gradients(tiny_model, tmp_path, 8 // accumulation, accumulation, kl_weight=50.0)
+    without, _, _ = gradients(tiny_model, tmp_path, 8, 1, kl_weight=0.0)
+    names = [name for name in with_kl if name.endswith((".mu", ".g"))]
+    kl = sum((with_kl[name] - without[name]).square().sum() for name in names).sqrt().item()
+    assert seen["kl_grad_norm"] == pytest.approx(kl, rel=1e-3)
+    closed = 0.0
+    for layer in gaussian_layers(model):
+        sigma = layer.g**2
+        closed += ((layer.mu - layer.prior_mu) / layer.prior_sigma**2).square().sum().item()
+        closed += (2 * layer.g * (sigma / layer.prior_sigma**2 - 1 / sigma)).square().sum().item()
+    assert seen["kl_grad_norm"] == pytest.approx(50.0 / rows * closed**0.5, rel=1e-3)
+    if accumulation == 1:
+        nll = sum(without[name].square().sum() for name in names).sqrt().item()
+        assert seen["nll_grad_norm"] == pytest.approx(nll, rel=1e-3)
+    assert seen["nll"] + seen["kl_term"] * accumulation == pytest.approx(seen["loss"], rel=1e-3) or accumulation > 1
+    assert seen["kl_term"] == pytest.approx(50.0 * seen["kl"] / rows / accumulation, rel=1e-3)
 
 
 def test_evaluation_has_no_kl(tiny_model):

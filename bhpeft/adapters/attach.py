@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -16,23 +18,40 @@ from bhpeft.adapters.bh_peft import PEFT_TYPE, PRESETS, BhPeftConfig
 from bhpeft.adapters.stock import lora_config, prompt_tuning_config
 from bhpeft.errors import InputError
 
+# What peft wraps a model in, by what it answers: it has no name for multiple choice, whose arguments it passes on.
+PEFT_TASKS = {
+    "lm": TaskType.CAUSAL_LM,
+    "classification": TaskType.SEQ_CLS,
+    "regression": TaskType.SEQ_CLS,
+    "multiple_choice": None,
+}
 
-def adapter_config(arguments, config: PretrainedConfig, base_name: str) -> PeftConfig:
+
+def adapter_config(arguments, config: PretrainedConfig, base_name: str, head: str = "lm") -> PeftConfig:
     """The `peft` configuration of `--adapter_name` with its flags.
 
     Args:
         arguments: an `AdapterArguments`.
         config: configuration of the base model.
         base_name: hub id or folder of the base model, whose tokenizer reads the initial prompt.
+        head: "lm", or the task type of the model's own head.
 
     Raises:
         InputError: the architecture's places are not known, or a value cannot be.
     """
     if arguments.adapter_name == "prompt-tuning":
-        return prompt_tuning_config(arguments, base_name)
-    if arguments.adapter_name in PRESETS:
-        return bh_peft_config(arguments, config)
-    return lora_config(arguments, config)
+        if head != "lm":
+            raise InputError(
+                "--adapter_name prompt-tuning: here it speaks to language models, not to a trained head; give "
+                "--head lm with a causal model, or another adapter"
+            )
+        made = prompt_tuning_config(arguments, base_name)
+    elif arguments.adapter_name in PRESETS:
+        made = bh_peft_config(arguments, config)
+    else:
+        made = lora_config(arguments, config)
+    made.task_type = PEFT_TASKS[head]
+    return made
 
 
 def bh_peft_config(arguments, config: PretrainedConfig) -> BhPeftConfig:
@@ -41,9 +60,17 @@ def bh_peft_config(arguments, config: PretrainedConfig) -> BhPeftConfig:
     preset = dict(PRESETS[arguments.adapter_name])
     if arguments.bayesian is not None:
         preset["bayesian"] = arguments.bayesian
-    names = {field.name for field in dataclasses.fields(BhPeftConfig)} - {"target_modules", *preset}
+    if arguments.sites is not None:
+        preset["sites"] = list(arguments.sites)
+    names = {field.name for field in dataclasses.fields(BhPeftConfig)} - {"target_modules", "modules_to_save", *preset}
     flags = {name: value for name, value in vars(arguments).items() if name in names}
-    return BhPeftConfig(task_type=TaskType.CAUSAL_LM, **preset, **flags)
+    return BhPeftConfig(**preset, **flags)
+
+
+def is_bayesian(arguments) -> bool:
+    """Whether an `AdapterArguments` asks for Gaussian weights."""
+    preset = PRESETS.get(arguments.adapter_name)
+    return preset is not None and (arguments.bayesian or preset["bayesian"]) != "none"
 
 
 def read_adapter_config(path: str) -> dict:
@@ -117,15 +144,22 @@ def base_model_of(adapter_path: str) -> str:
     return name
 
 
-def check_adapter(arguments, config: PretrainedConfig, base_name: str) -> None:
+def check_adapter(arguments, config: PretrainedConfig, base_name: str, head: str = "lm") -> None:
     """Everything about an adapter that can be wrong and be seen without the base model's weights.
 
     Raises:
         InputError: unknown targets, a folder that holds no adapter, or one of another base model.
     """
     if arguments.adapter_path is None:
-        adapter_config(arguments, config, base_name)
+        adapter_config(arguments, config, base_name, head)
         return
+    saved = read_adapter_config(arguments.adapter_path)
+    if saved.get("task_type") not in (None, PEFT_TASKS[head]):
+        has = next((name for name, task in PEFT_TASKS.items() if task == saved["task_type"]), saved["task_type"])
+        raise InputError(
+            f"--adapter_path {arguments.adapter_path}: trained for {has} (lm: answers as text), and the run is for "
+            f"{head}; give the --task_type and --head it was trained with"
+        )
     trained_on = base_model_of(arguments.adapter_path)
     shapes = weight_shapes(arguments.adapter_path)
     prompt = shapes.get("prompt_embeddings")
@@ -142,7 +176,9 @@ def check_adapter(arguments, config: PretrainedConfig, base_name: str) -> None:
         )
 
 
-def attach_adapter(base: PreTrainedModel, arguments, base_name: str) -> PeftModel:
+def attach_adapter(
+    base: PreTrainedModel, arguments, base_name: str, head: str = "lm", train_too: Sequence[str] = ()
+) -> PeftModel:
     """Return the base model with an adapter on it; the adapter's weights are fp32 and alone trainable.
 
     It must come before DeepSpeed wraps the model: then the adapter's weights are still whole on every rank.
@@ -151,13 +187,20 @@ def attach_adapter(base: PreTrainedModel, arguments, base_name: str) -> PeftMode
         base: the frozen model.
         arguments: an `AdapterArguments`.
         base_name: hub id or folder of the base, written into the adapter's folder.
+        head: "lm", or the task type of the model's own head.
+        train_too: names of the base's modules that are trained and saved with the adapter: the head.
 
     Raises:
         InputError: the existing adapter's weights do not fit the base model.
     """
     if arguments.adapter_path is None:
         try:
-            model = get_peft_model(base, adapter_config(arguments, base.config, base_name))
+            config = adapter_config(arguments, base.config, base_name, head)
+            missing = [name for name in train_too if not any(n.endswith(name) for n, _ in base.named_modules())]
+            if missing:
+                raise InputError(f"--modules_to_save {' '.join(missing)}: the base model has no such module")
+            config.modules_to_save = list(dict.fromkeys(train_too)) or None
+            model = get_peft_model(base, config)
         except ValueError as error:  # peft's own check of --target_modules
             raise InputError(f"--adapter_name {arguments.adapter_name}: {error}") from error
     else:
@@ -165,7 +208,17 @@ def attach_adapter(base: PreTrainedModel, arguments, base_name: str) -> PeftMode
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.register_forward_pre_hook(_cast_input)
     return model
+
+
+def _cast_input(module: ModulesToSaveWrapper, inputs: tuple) -> tuple:
+    """What comes from a half-precision base, in the dtype of the head, which is trained in fp32."""
+    used = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+    dtype = next(used.parameters()).dtype
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _load_adapter(base: PreTrainedModel, path: str, base_name: str) -> PeftModel:

@@ -218,6 +218,17 @@ def kl_divergence(model: nn.Module) -> torch.Tensor | None:
     return torch.stack(kept).sum() if kept else None
 
 
+def kl_gradient_norm(model: nn.Module) -> torch.Tensor:
+    """|d KL / d (all mu, all g)| of the last forward pass in training, a scalar."""
+    return torch.stack([layer.kl_gradient_square for layer in gaussian_layers(model)]).sum().sqrt()
+
+
+def nll_gradient_norm(model: nn.Module) -> torch.Tensor:
+    """|d L / d (all mu, all g)| of the last backward pass, L the loss without the KL, as scaled as the loss was."""
+    kept = [layer.nll_gradient_square for layer in gaussian_layers(model)]
+    return torch.stack([square for square in kept if square is not None]).sum().sqrt()
+
+
 def mean_sigma(model: nn.Module) -> torch.Tensor:
     """Mean standard deviation of all Gaussian weights, each matrix by its size, in the last forward pass."""
     layers = [layer for layer in gaussian_layers(model) if layer.mean_sigma is not None]

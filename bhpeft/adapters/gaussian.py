@@ -31,6 +31,19 @@ def gaussian_kl(
     return 0.5 * (ratio + ((mu - prior_mu) / prior_sigma) ** 2 - 1 - ratio.log()).sum()
 
 
+def gaussian_kl_gradient_square(
+    mu: torch.Tensor, g: torch.Tensor, prior_mu: torch.Tensor, prior_sigma: torch.Tensor
+) -> torch.Tensor:
+    """|d KL / d (mu, g)|^2 with sigma = g^2, a scalar, in closed form:
+
+    d KL / d mu = (mu - prior_mu) / prior_sigma^2,   d KL / d g = 2 g (sigma / prior_sigma^2 - 1 / sigma)
+    """
+    sigma = (g**2).clamp(min=FLOOR)
+    by_mu = (mu - prior_mu) / prior_sigma**2
+    by_g = 2 * g * (sigma / prior_sigma**2 - 1 / sigma)
+    return by_mu.square().sum() + by_g.square().sum()
+
+
 class PointLinear(nn.Module):
     """y = x W^T + b with point weights, in the weights' dtype."""
 
@@ -55,6 +68,9 @@ class GaussianLinear(nn.Module):
         prior_mu, prior_sigma: (out, in) buffers, saved with the adapter; rounds replace them by the posterior.
         kl: scalar KL to the prior, kept by the last forward pass in training. A parameter sharded by ZeRO-3 can be
             read in its module's forward alone, so this is the one place where it can be computed.
+        kl_gradient_square: |d KL / d (mu, g)|^2 of the same pass.
+        nll_gradient_square: |d L / d (mu, g)|^2 of the last backward pass, L all of the loss but the KL, as scaled
+            as the loss was.
         eps: (S, out, in) standard normal noise of S posterior samples, or None; see `posterior.py`.
     """
 
@@ -77,6 +93,8 @@ class GaussianLinear(nn.Module):
         self.register_buffer("prior_mu", torch.full(shape, prior_mu))
         self.register_buffer("prior_sigma", torch.full(shape, prior_sigma))
         self.kl: torch.Tensor | None = None
+        self.kl_gradient_square: torch.Tensor | None = None
+        self.nll_gradient_square: torch.Tensor | None = None
         self.mean_sigma: torch.Tensor | None = None
         self.eps: torch.Tensor | None = None
 
@@ -95,15 +113,28 @@ class GaussianLinear(nn.Module):
         sigma = g**2
         x = x.to(mu.dtype)
         if self.training and torch.is_grad_enabled():
-            prior = self.prior_mu.float(), self.prior_sigma.float()
-            self.kl = gaussian_kl(mu.float(), g.float() ** 2, *prior)
+            self._keep_kl()
             self.mean_sigma = sigma.detach().float().mean()
+            self.nll_gradient_square = None
+            for copy in (mu, g):  # the KL has copies of its own, so what flows back here is the rest of the loss
+                copy.register_hook(self._note_gradient)
             y = self._flipout(x, mu, sigma, batch)
         elif self.eps is not None:
             y = self._draws(x, mu, sigma, batch)
         else:
             y = nn.functional.linear(x, mu)
         return y if self.bias is None else y + self.bias
+
+    def _keep_kl(self) -> None:
+        mu, g = self.mu.clone().float(), self.g.clone().float()
+        prior = self.prior_mu.float(), self.prior_sigma.float()
+        self.kl = gaussian_kl(mu, g**2, *prior)
+        self.kl_gradient_square = gaussian_kl_gradient_square(mu.detach(), g.detach(), *prior)
+
+    def _note_gradient(self, gradient: torch.Tensor) -> None:
+        square = gradient.detach().float().square().sum()
+        before = self.nll_gradient_square
+        self.nll_gradient_square = square if before is None else before + square
 
     def _flipout(self, x: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, batch: int | None) -> torch.Tensor:
         mean = nn.functional.linear(x, mu)

@@ -33,7 +33,8 @@ class Site(nn.Module, BaseTunerLayer):
 
     def _no_merge(self, *args, **kwargs):
         raise NotImplementedError(
-            "a BH-PEFT adapter cannot be merged in place: prefix and parallel adapter have no weight to merge into"
+            "a BH-PEFT adapter cannot be merged in place; where LoRA is its only site, util/export_adapter.py --to "
+            "merged does it (prefix and parallel adapter have no weight to merge into)"
         )
 
     merge = unmerge = _no_merge

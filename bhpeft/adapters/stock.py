@@ -9,32 +9,34 @@ An adapter trained with these loads in `peft` with nothing of ours installed.
 
 from __future__ import annotations
 
-from peft import LoraConfig, PromptTuningConfig, TaskType
+from peft import LoraConfig, PromptTuningConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PretrainedConfig
 
+from bhpeft.adapters.architectures import PLACES
 from bhpeft.errors import InputError
 
 
 def target_modules_for(config: PretrainedConfig) -> list[str]:
-    """Names of the modules that LoRA is added to on an architecture, from peft's own table.
+    """Names of the modules that LoRA is added to on an architecture, from peft's own table, else from ours.
 
     Raises:
-        InputError: the table has no such architecture; the mend is `--target_modules`.
+        InputError: neither table has such an architecture; the mend is `--target_modules`.
     """
     table = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    if config.model_type not in table:
-        raise InputError(
-            f"architecture {config.model_type!r}: no known LoRA targets; name its attention projections yourself, "
-            f"as --target_modules q_proj v_proj. Known: {', '.join(sorted(table))}"
-        )
-    return list(table[config.model_type])
+    if config.model_type in table:
+        return list(table[config.model_type])
+    if config.model_type in PLACES:
+        return list(PLACES[config.model_type].lora)
+    raise InputError(
+        f"architecture {config.model_type!r}: no known LoRA targets; name its attention projections yourself, "
+        f"as --target_modules q_proj v_proj. Known: {', '.join(sorted({*table, *PLACES}))}"
+    )
 
 
 def lora_config(arguments, config: PretrainedConfig) -> LoraConfig:
     """LoRA on the architecture's attention projections, or on `--target_modules`."""
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
@@ -51,7 +53,6 @@ def prompt_tuning_config(arguments, tokenizer_name: str) -> PromptTuningConfig:
     """
     text = (arguments.prompt_init_text or "").strip()
     return PromptTuningConfig(
-        task_type=TaskType.CAUSAL_LM,
         num_virtual_tokens=arguments.num_virtual_tokens,
         prompt_tuning_init="TEXT" if text else "SAMPLE_VOCAB",
         prompt_tuning_init_text=text or None,

@@ -14,24 +14,41 @@ class Example:
     """One question and its expected answer.
 
     `group` names what must not stand on both sides of a split: the generic a statement was made
-    from, or the input text itself.
+    from, a conversation, or the input text itself. `answer` is text for every task: a label's name, a number
+    as it was read, the letter of the right choice; `choices` are the texts to choose from, in order.
     """
 
     id: str
     query: str
     answer: str
     group: str
+    choices: tuple[str, ...] = ()
+
+
+def same_input(text: str) -> str:
+    """What two inputs share that are the same but for case and spaces: the usual `group`."""
+    return " ".join(text.casefold().split())
 
 
 @dataclass
 class Task:
-    """Examples of one dataset, split, with what is known of their answers."""
+    """Examples of one dataset, split, with what is known of their answers.
+
+    Attributes:
+        task_type: "classification", "multiple_choice", "regression" or "generation".
+        labels: classification: the class names, in the order of their indices; multiple choice: the letters;
+            generation: words that every answer opens with, if there are such, so that their probabilities
+            can be compared.
+        instruction: what is asked for, in words, for templates that say so.
+    """
 
     name: str
     train: list[Example]
     validation: list[Example]
     test: list[Example]
-    labels: tuple[str, ...] = ()  # answers open with one of these words: their probabilities can be compared
+    task_type: str = "generation"
+    labels: tuple[str, ...] = ()
+    instruction: str | None = None
     notes: list[str] = field(default_factory=list)
 
 

@@ -9,7 +9,8 @@ import pandas as pd
 
 from bhpeft.errors import InputError
 from bhpeft.files import read_rows
-from bhpeft.tasks.example import Example
+from bhpeft.tasks.example import Example, same_input
+from bhpeft.tasks.layouts import json_lines
 
 
 def _read_text_table(file: Path, **layout) -> pd.DataFrame:
@@ -20,7 +21,7 @@ def _read_text_table(file: Path, **layout) -> pd.DataFrame:
 READERS = {
     ".csv": _read_text_table,
     ".tsv": lambda file: _read_text_table(file, delimiter="\t", quoting=csv.QUOTE_NONE),
-    ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
+    ".jsonl": lambda file: pd.DataFrame([row for _, row in json_lines(file)], dtype=object),
     ".parquet": pd.read_parquet,
 }
 
@@ -66,15 +67,28 @@ def read_columns(file: str | Path, columns: list[str]) -> pd.DataFrame:
         if blank.any():
             row = int(blank.to_numpy().argmax()) + 1
             raise InputError(f"{file}: row {row} after the header has an empty {name!r}; fill or remove it")
+        kinds = table[name].map(_kind)
+        if kinds.nunique() > 1:
+            row = int((kinds != kinds.iloc[0]).to_numpy().argmax())
+            raise InputError(
+                f"{file}: row {row + 1} has the {kinds.iloc[row]} {str(table[name].iloc[row])[:40]!r} in {name!r}, "
+                f"where the rows before have a {kinds.iloc[0]}; make them one kind"
+            )
     return table.astype(str)
 
 
+def _kind(value) -> str:
+    if isinstance(value, bool):
+        return "truth value"
+    return "text" if isinstance(value, str) else "number"
+
+
 def read_examples(file: str | Path, text_column: str, label_column: str) -> list[Example]:
-    """Examples of a file; rows with the same input form one group.
+    """Examples of a file; rows with the same input, case and spaces aside, form one group.
 
     Raises:
         InputError: as `read_columns`.
     """
     table = read_columns(file, [text_column, label_column])
     rows = zip(table[text_column], table[label_column], strict=True)
-    return [Example(str(i), text.strip(), label.strip(), text.strip()) for i, (text, label) in enumerate(rows)]
+    return [Example(str(i), text.strip(), label.strip(), same_input(text)) for i, (text, label) in enumerate(rows)]

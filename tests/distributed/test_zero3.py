@@ -157,8 +157,9 @@ def test_kl_and_its_gradient_are_exact_where_every_parameter_is_sharded(ranks, t
 def test_bh_peft_over_two_ranks_is_saved_whole_and_reloads(preset, train, tmp_path, sharded_launcher):
     small = ["--prefix_length", 4, "--bn_reduction_factor", 8, "--lora_rank", 8, "--kl_weight", 0.1]
     adapter = ["--adapter_name", preset, *small]
+    sampled = ["--posterior_samples", 3] if preset == "bh-peft" else []
     flags = ["--epochs", 20, "--lr", 2e-2, "--save_strategy", "no", "--compare_base", "--run_name", "two"]
-    train(*adapter, *flags, launcher=sharded_launcher(2))
+    train(*adapter, *flags, *sampled, launcher=sharded_launcher(2))
     record = read_metrics(tmp_path / "results/metrics/two.json")
     falling = losses(tmp_path / "results/metrics/two.json")
     assert falling[-1] < 0.8 * falling[0]
@@ -172,9 +173,12 @@ def test_bh_peft_over_two_ranks_is_saved_whole_and_reloads(preset, train, tmp_pa
     assert all(weight.size > 0 for weight in saved.values())
     assert any(name.endswith("embedding") and weight.shape == (4, 64) for name, weight in saved.items())
     assert any("prior_mu" in name for name in saved) == (preset == "bh-peft")
-    train(*adapter, "--adapter_path", tmp_path / "adapter", "--do_train", "false", "--run_name", "one")
+    train(*adapter, *sampled, "--adapter_path", tmp_path / "adapter", "--do_train", "false", "--run_name", "one")
     results = tmp_path / "results"
     two, one = (read_predictions(results / f"predictions/{name}.csv") for name in ("two", "one"))
+    if sampled:  # the same weights were drawn on two ranks, sharded, as on one
+        assert two["mutual_information"].to_numpy() == pytest.approx(one["mutual_information"].to_numpy(), abs=1e-5)
+        assert (two["mutual_information"] > 0).any()
     assert two["prob_true"].to_numpy() == pytest.approx(one["prob_true"].to_numpy(), abs=1e-5)
     answers = [read_model_outputs(results / f"model_outputs/{name}.txt") for name in ("two", "one")]
     assert answers[0] == answers[1]
@@ -189,3 +193,37 @@ def test_bh_peft_on_4bit_weights_over_two_ranks(train, tmp_path):
     train(*flags, "--bf16", "--adapter_path", tmp_path / "adapter", "--do_train", "false", "--run_name", "one")
     two, one = (read_predictions(tmp_path / f"results/predictions/{name}.csv") for name in ("two", "one"))
     assert two["prob_true"].to_numpy() == pytest.approx(one["prob_true"].to_numpy(), abs=0.05)  # bf16
+
+
+# ----------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize("adapter", ["bh-peft", "lora"])
+def test_a_head_over_two_ranks_is_trained_saved_whole_and_reloads(
+    adapter, train, tiny_encoder, labelled, tmp_path, sharded_launcher
+):
+    data = ["--base_model", tiny_encoder, "--dataset_name", labelled]
+    learns = ["--adapter_name", adapter, "--lr", 1e-2, "--epochs", 20, "--kl_weight", 1e-3, "--prefix_length", 4]
+    learns += ["--bn_reduction_factor", 8, "--save_strategy", "no", "--test_fraction", 0.2, "--batch_size", 4]
+    train(*learns, "--run_name", "two", "--max_grad_norm", 1.0, data=data, launcher=sharded_launcher(2))
+    falling = losses(tmp_path / "results/metrics/two.json")
+    assert sum(falling[-10:]) < 0.7 * sum(falling[:10])
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    shapes = {name.split("classifier.")[-1]: weight.shape for name, weight in saved.items() if "classifier" in name}
+    assert shapes["dense.weight"] == (64, 64) and shapes["out_proj.weight"] == (2, 64)
+    train("--adapter_path", tmp_path / "adapter", "--do_train", "false", "--run_name", "one", data=data)
+    two, one = (read_predictions(tmp_path / f"results/predictions/{name}.csv") for name in ("two", "one"))
+    both = two.merge(one, on="id")
+    assert len(both) == len(two) and len(two) % 2 == 0
+    assert both["prob_yes_x"].to_numpy() == pytest.approx(both["prob_yes_y"].to_numpy(), abs=1e-5)
+
+
+def test_rows_that_do_not_divide_by_the_ranks_are_counted_once(train, tiny_encoder, labelled, tmp_path):
+    data = ["--base_model", tiny_encoder, "--dataset_name", labelled]
+    quick = ["--max_steps", 1, "--save_strategy", "no", "--max_test_samples", 13, "--test_fraction", 0.5]
+    train(*quick, "--run_name", "two", "--eval_batch_size", 4, data=data, launcher=launcher(SHIPPED, 2))
+    record = read_metrics(tmp_path / "results/metrics/two.json")["metrics"]
+    table = read_predictions(tmp_path / "results/predictions/two.csv")
+    assert record["rows"] == len(table) == table["id"].nunique() == 13
+    assert record["accuracy"] == pytest.approx((table["label"] == table["prediction"]).mean())
+    assert sum(map(sum, record["confusion"])) == 13

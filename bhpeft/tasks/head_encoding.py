@@ -1,0 +1,124 @@
+"""Examples -> token ids for a model with a head of its own: a class, a choice or a number for a whole text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from bhpeft.errors import InputError
+from bhpeft.tasks.example import Example
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """Numbers with the training rows' mean and (population) deviation taken out: what a regression head learns."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Standardiser:
+        """Mean and deviation of the answers.
+
+        Raises:
+            InputError: all answers are the same number, so that there is nothing to learn.
+        """
+        values = [float(example.answer) for example in examples]
+        mean = math.fsum(values) / len(values)
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        if not deviation > 0:
+            raise InputError(f"all {len(values)} training answers are {values[0]:g}: there is nothing to learn")
+        return cls(mean, deviation)
+
+    def standardise(self, value: float) -> float:
+        return (value - self.mean) / self.deviation
+
+    def restore(self, value: float) -> float:
+        return value * self.deviation + self.mean
+
+
+@dataclass
+class HeadEncoder:
+    """Turns examples into rows of token ids with one target each.
+
+    Attributes:
+        task_type: "classification", "multiple_choice" or "regression".
+        labels: class names or letters, in the order of the head's outputs.
+        max_length: most tokens of a text; of question and choice together.
+        long_prompts: "error", "truncate" (the end; of the question, where there are choices) or "drop".
+        standardiser: of the numbers to predict.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    task_type: str
+    labels: Sequence[str]
+    max_length: int
+    long_prompts: str = "error"
+    standardiser: Standardiser | None = None
+
+    def train_rows(self, examples: Sequence[Example], notes: list[str]) -> list[dict]:
+        """Rows for the loss: `input_ids` and `labels`, the index of the class or choice, or a standardised number.
+
+        Raises:
+            InputError: texts are too long and `long_prompts` is "error", or none is left after dropping them.
+        """
+        return [{**row, "labels": self.target(example)} for row, example in self._encode(examples, notes, "training")]
+
+    def test_rows(self, examples: Sequence[Example], notes: list[str]) -> list[dict]:
+        """Rows to answer: `input_ids` and `index` of the example.
+
+        Raises:
+            InputError: as `train_rows`.
+        """
+        position = {id(example): i for i, example in enumerate(examples)}
+        return [{**row, "index": position[id(example)]} for row, example in self._encode(examples, notes, "test")]
+
+    def target(self, example: Example) -> int | float:
+        """What the head is to give: an index of `labels`, or a standardised number."""
+        if self.task_type == "regression":
+            return self.standardiser.standardise(float(example.answer))
+        return list(self.labels).index(example.answer)
+
+    def _encode(self, examples: Sequence[Example], notes: list[str], part: str) -> list[tuple[dict, Example]]:
+        choices = self.task_type == "multiple_choice"
+        if choices:
+            texts = [example.query for example in examples for _ in example.choices]
+            seconds = [choice for example in examples for choice in example.choices]
+        else:
+            texts, seconds = [example.query for example in examples], None
+        lengths = [len(ids) for ids in self.tokenizer(texts, seconds, return_attention_mask=False)["input_ids"]]
+        encoded = self.tokenizer(
+            texts, seconds, truncation="only_first" if choices else True, max_length=self.max_length,
+            return_attention_mask=False,
+        )  # fmt: skip
+        names = ["input_ids"]
+        if choices and "token_type_ids" in encoded:
+            names.append("token_type_ids")  # which is the question and which the choice
+        rows, place = [], 0
+        for example in examples:
+            count = len(example.choices) if choices else 1
+            span = slice(place, place + count)
+            row = {name: encoded[name][span] if choices else encoded[name][place] for name in names}
+            rows.append((row, example, max(lengths[span])))
+            place += count
+        return self._fitting(rows, notes, part)
+
+    def _fitting(self, rows: list[tuple[dict, Example, int]], notes: list[str], part: str):
+        long = [(length, example) for _, example, length in rows if length > self.max_length]
+        if long:
+            what = f"{len(long)} of {len(rows)} {part} texts are longer than --max_length {self.max_length}"
+            if self.long_prompts == "error":
+                longest, first = max(length for length, _ in long), long[0][1]
+                raise InputError(
+                    f"{what} (longest: {longest} tokens; first: row {first.id}, {first.query[:40]!r}); raise "
+                    "--max_length as far as the base model has positions, or give --long_prompts truncate or drop"
+                )
+            if self.long_prompts == "drop":
+                rows = [row for row in rows if row[2] <= self.max_length]
+                if not rows:
+                    raise InputError(f"{what}: none is left after --long_prompts drop; raise --max_length")
+            notes.append(f"{what}: {'dropped' if self.long_prompts == 'drop' else 'their end is cut'}")
+        return [(row, example) for row, example, _ in rows]

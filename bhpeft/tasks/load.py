@@ -1,0 +1,223 @@
+"""A dataset by its name, split honestly: a labelled test that nothing is tuned on, and no input on two sides."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from bhpeft.errors import InputError, nearest
+from bhpeft.tasks.example import Example, Task, at_most, hold_out, keep_fraction
+from bhpeft.tasks.generics import LABELS as TRUE_FALSE
+from bhpeft.tasks.generics import read_generics
+from bhpeft.tasks.hub import read_hub
+from bhpeft.tasks.known import KNOWN, read_known
+from bhpeft.tasks.table import READERS, read_examples
+from bhpeft.tasks.templates import label_instruction
+
+KNOWN_DATASETS = ("generics", *KNOWN)
+MOST_LABELS = 50  # inferred: more different answers than this are no set of labels
+
+
+@dataclass
+class Source:
+    """What a dataset is before it is split; `test` is None where it has no test rows of its own."""
+
+    train: list[Example]
+    test: list[Example] | None
+    task_type: str | None = None
+    labels: tuple[str, ...] = ()
+    instruction: str | None = None
+
+
+def read_source(arguments, notes: list[str], with_training: bool) -> Source:
+    """Read a dataset by name: a known one, a file, or a hub id.
+
+    Args:
+        arguments: a `DataArguments`.
+        with_training: without it the training rows of a known dataset are not read.
+
+    Raises:
+        InputError: unknown dataset, or anything wrong with its files; file, row and mend are named.
+    """
+    name, columns = arguments.dataset_name, (arguments.text_column, arguments.label_column)
+    if name == "generics":
+        if not arguments.data_path:
+            raise InputError("--data_path: missing; generics need the folder with negative.csv and positive.csv")
+        source = Source(read_generics(arguments.data_path, arguments.exemplars_per_generic), None, "generation")
+    elif name in KNOWN:
+        known = KNOWN[name]
+        test = read_known(name, "test", arguments.data_path, notes)
+        needed = with_training or not test
+        train = read_known(name, "train", arguments.data_path, notes) if needed else []
+        source = Source(train, test or None, known.task_type, known.labels, known.instruction)
+    elif name.lower().endswith(tuple(READERS)):
+        source = Source(read_examples(name, *columns), None)
+    elif "/" in name:
+        source = Source(*read_hub(name, *columns))
+    else:
+        kinds = ", ".join(READERS)
+        raise InputError(
+            f"--dataset_name {name}: unknown.{nearest(name, KNOWN_DATASETS)} "
+            f"Known: {', '.join(KNOWN_DATASETS)}; or a file ending in {kinds}, or a hub id as owner/name"
+        )
+    if arguments.test_file:
+        source.test = read_examples(arguments.test_file, *columns)
+    return source
+
+
+def load_task(
+    arguments, seed: int, with_validation: bool = False, with_training: bool = True, labels: tuple[str, ...] = ()
+) -> Task:
+    """Read a dataset and split it: test first, then validation, each by group, before any row is used.
+
+    Args:
+        arguments: a `DataArguments`.
+        seed: seed of the splits; equal on every rank.
+        with_validation: hold out validation rows of the training data.
+        with_training: without it nothing is held out: the dataset's test rows, or all rows where it has none.
+        labels: class names that an adapter was trained with; their order is kept.
+
+    Raises:
+        InputError: as `read_source`, an answer that the task type does not allow, or too few rows to split.
+    """
+    name, notes = arguments.dataset_name, []
+    source = read_source(arguments, notes, with_training)
+    examples = keep_fraction(source.train, arguments.data_fraction, seed)
+    if not with_training:
+        train, test = [], source.test if source.test is not None else examples
+    elif source.test is not None:
+        test = source.test
+        tested = {example.group for example in test}
+        train = [example for example in examples if example.group not in tested]
+        if len(train) < len(examples):
+            notes.append(f"{len(examples) - len(train)} training rows also stand in the test rows: not trained on")
+        if not train:
+            raise InputError(f"{name}: every training row also stands in the test rows; nothing is left to train on")
+    else:
+        train, test = hold_out(examples, arguments.test_fraction, seed)
+
+    task_type, found = _settle_task_type(arguments, source, train + test, notes)
+    labels = tuple(labels or arguments.labels or source.labels or found)
+    files = {"training": name, "test": arguments.test_file or name}
+    labels = _check_answers(files, task_type, labels, train, test, notes)
+
+    validation: list[Example] = []
+    if with_validation:
+        if arguments.validation_fraction == 0 or not train:
+            raise InputError("--do_eval: there are no validation rows; train, with --validation_fraction above 0")
+        train, validation = hold_out(train, arguments.validation_fraction, seed)
+    train = at_most(train, arguments.max_train_samples, seed)
+    validation = at_most(validation, arguments.max_validation_samples, seed)
+    test = at_most(test, arguments.max_test_samples, seed)
+    if task_type == "classification":
+        notes += [_balance(part, rows, labels) for part, rows in (("training", train), ("test", test)) if rows]
+        if train and len({example.answer for example in train}) == 1:
+            raise InputError(f"{name}: all {len(train)} training rows have the label {train[0].answer!r}; add others")
+    sides = f"no {'conversation' if name == 'oasst1' else 'input'} stands on two sides"
+    if not with_training and source.test is None:
+        sides = "rows that the adapter was trained on may be among them: --test_file names others"
+    notes.append(f"{name}: {len(train)} training, {len(validation)} validation, {len(test)} test rows; {sides}")
+    instruction = arguments.instruction or source.instruction
+    if instruction is None and task_type == "classification":
+        instruction = label_instruction(labels)
+    return Task(name, train, validation, test, task_type, labels, instruction, notes)
+
+
+def _settle_task_type(
+    arguments, source: Source, examples: list[Example], notes: list[str]
+) -> tuple[str, tuple[str, ...]]:
+    """The task type, and the answers found where they are labels."""
+    if arguments.labels and arguments.task_type is None and not source.task_type:
+        return "classification", ()
+    inferred, found = infer_task_type(examples)
+    if source.task_type:
+        if arguments.task_type not in (None, source.task_type):
+            raise InputError(f"--task_type {arguments.task_type}: {arguments.dataset_name} is {source.task_type}")
+        return source.task_type, ()
+    if arguments.task_type == "classification" and not found:
+        found = tuple(sorted({example.answer for example in examples}))
+        if len(found) > MOST_LABELS and not arguments.labels:
+            raise InputError(
+                f"--task_type classification: {len(found)} different answers; if they really are labels, name them "
+                "with --labels"
+            )
+    if arguments.task_type is None:
+        shown = f" with the labels {', '.join(found)}" if found else " of free text" if inferred == "generation" else ""
+        notes.append(f"{arguments.dataset_name}: taken as {inferred}{shown}; --task_type and --labels overrule this")
+    return arguments.task_type or inferred, found
+
+
+def infer_task_type(examples: list[Example]) -> tuple[str, tuple[str, ...]]:
+    """What the answers look like: labels (few, short, each more than once), numbers, or text.
+
+    Returns:
+        The task type, and for classification the sorted labels.
+    """
+    answers = Counter(example.answer for example in examples)
+    short = all(len(answer.split()) <= 4 for answer in answers)
+    if short and 2 <= len(answers) <= MOST_LABELS and min(answers.values()) > 1:
+        return "classification", tuple(sorted(answers, key=lambda a: (0, float(a), a) if _number(a) else (1, 0, a)))
+    if all(map(_number, answers)):
+        return "regression", ()
+    return "generation", ()
+
+
+def _number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _check_answers(
+    files: dict[str, str],
+    task_type: str,
+    labels: tuple[str, ...],
+    train: list[Example],
+    test: list[Example],
+    notes: list[str],
+) -> tuple[str, ...]:
+    """The labels, once every answer is known to be one of them, or a number where numbers are wanted."""
+    if task_type == "generation":
+        return answer_labels(train + test, notes)
+    for part, examples in (("training", train), ("test", test)):
+        for example in examples:
+            if task_type == "multiple_choice" and (not example.choices or example.answer not in labels):
+                raise InputError(
+                    f"{files[part]}: {part} row {example.id}: has no choices, or no right one of "
+                    f"{', '.join(labels)}; multiple choice is read from --dataset_name csqa"
+                )
+            if task_type == "regression" and not _number(example.answer):
+                raise InputError(
+                    f"{files[part]}: {part} row {example.id}: {example.answer!r} is no number, and the task is "
+                    "regression; mend the row, or give --task_type"
+                )
+            if task_type == "classification" and example.answer not in labels:
+                hint = (
+                    ". -1 marks rows without a label, as in GLUE's own test: give labelled rows"
+                    if example.answer == "-1"
+                    else "; mend the row, or give --labels"
+                )
+                raise InputError(
+                    f"{files[part]}: {part} row {example.id}: unknown label {example.answer!r}; known: "
+                    f"{', '.join(labels)}{hint}"
+                )
+    return () if task_type == "regression" else labels
+
+
+def _balance(part: str, examples: list[Example], labels: tuple[str, ...]) -> str:
+    counts = Counter(example.answer for example in examples)
+    return f"{part} rows by label: " + ", ".join(f"{label} {counts[label]}" for label in labels)
+
+
+def answer_labels(examples: list[Example], notes: list[str]) -> tuple[str, ...]:
+    """("True", "False") if every answer opens with one of them, else (); a note if it is nearly so."""
+    known = {label.casefold() for label in TRUE_FALSE}
+    others = [e for e in examples if e.answer.split(maxsplit=1)[0].strip(".,:;!").casefold() not in known]
+    if others and len(others) < len(examples) / 2:
+        notes.append(
+            f"{len(others)} of {len(examples)} answers open with neither True nor False (first: row {others[0].id}, "
+            f"{others[0].answer[:30]!r}): answers are compared word for word, without true/false accuracy"
+        )
+    return () if others else TRUE_FALSE
