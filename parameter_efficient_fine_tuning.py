@@ -143,3 +143,4 @@ def settle_4bit(run: Run) -> bool:
 
 if __name__ == "__main__":
     run_main(main)
+    environment.leave_together()

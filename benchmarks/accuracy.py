@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 from transformers import AutoTokenizer, TrainingArguments, set_seed  # noqa: E402
 
 import parameter_efficient_fine_tuning as trainer_script  # noqa: E402
+from bhpeft.arguments import DataArguments  # noqa: E402
 from bhpeft.base_model import load_with_head, parameter_counts  # noqa: E402
-from bhpeft.config import DataArguments  # noqa: E402
 from bhpeft.environment import hardware, library_versions  # noqa: E402
 from bhpeft.errors import InputError, run_main  # noqa: E402
 from bhpeft.files import write_atomic  # noqa: E402

@@ -33,6 +33,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def leave_together() -> None:
+    """End the process group, once every rank has come here: rank 0 writes results after the others are done, and a
+    rank that tears down its connections while another still works takes the whole run down with it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def prepare(settings: dict) -> tuple[str, list[str]]:
     """Choose precision and process group for this machine, before `TrainingArguments` is built.
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # torch and transformers are loaded once the flags are known 
     from peft import PeftModel
     from transformers import PretrainedConfig
 
-    from bhpeft.config import AdapterArguments
+    from bhpeft.arguments import AdapterArguments
     from bhpeft.tasks.card import TaskCard
 
 PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
@@ -122,8 +122,8 @@ def find_adapter(args: argparse.Namespace) -> Trained:
         InputError: no adapter there, one of another base model, or one for a task without labels or numbers.
     """
     from bhpeft.adapters import adopt_settings, base_model_of, check_adapter, is_bayesian
+    from bhpeft.arguments import AdapterArguments
     from bhpeft.base_model import load_config, settle_head
-    from bhpeft.config import AdapterArguments
     from bhpeft.tasks.card import FILE, TaskCard
 
     folder = args.adapter_path
@@ -198,8 +198,8 @@ def answer(found: Trained, texts: Sequence[str], args: argparse.Namespace) -> di
     import torch
 
     from bhpeft.adapters import attach_adapter, virtual_tokens
+    from bhpeft.arguments import DataArguments
     from bhpeft.base_model import check_4bit, check_positions, load_base_model, load_tokenizer, load_with_head
-    from bhpeft.config import DataArguments
     from bhpeft.tasks import Example, Task
     from bhpeft.tasks.card import TaskCard
     from bhpeft.tasks.question import make_encoder

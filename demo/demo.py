@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import world  # noqa: E402 - found through the path above
 
+from bhpeft import environment  # noqa: E402
 from bhpeft.errors import InputError, nearest, run_main  # noqa: E402
 from bhpeft.files import write_rows  # noqa: E402
 from bhpeft.record import say  # noqa: E402
@@ -73,3 +74,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_main(main)
+    environment.leave_together()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+PROGRESS = re.compile(r"\d+%\|.*(it/s|s/it|\?)")
 KINDS = ["cats", "dogs", "robins", "trout", "ants", "oaks", "frogs", "bees", "cows", "owls", "eels", "roses"]
 ACTS = ["swim in lakes", "fly", "sleep", "eat grass", "have six legs", "sing at dawn"]
 
@@ -153,9 +155,12 @@ def run_command(words: list, cwd: Path = ROOT, timeout: int = 240, **environment
         "OMP_NUM_THREADS": "1",
         **environment,
     }
-    return subprocess.run(
+    finished = subprocess.run(
         list(map(str, words)), cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False
     )
+    # Progress bars would push what a failed run said out of sight.
+    finished.stderr = "\n".join(line for line in finished.stderr.splitlines() if not PROGRESS.search(line))
+    return finished
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from bhpeft.adapters import adopt_settings, attach_adapter, check_adapter, target_modules_for
+from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import check_4bit, load_base_model, parameter_counts
-from bhpeft.config import AdapterArguments
 from bhpeft.errors import InputError
 
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from bhpeft.adapters import attach_adapter, posterior_noise
 from bhpeft.adapters.bh_peft import gaussian_layers
+from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import load_base_model, load_with_head
-from bhpeft.config import AdapterArguments
 from bhpeft.errors import InputError
 from bhpeft.results import read_predictions
 from bhpeft.tasks.card import TaskCard

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from bhpeft.adapters import attach_adapter, posterior_samples
+from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import head_modules, load_config, load_with_head, parameter_counts, settle_head
-from bhpeft.config import AdapterArguments
 from bhpeft.errors import InputError
 from bhpeft.results import read_metrics, read_predictions
 from bhpeft.tasks import Example, load_task
@@ -368,7 +368,7 @@ def test_a_task_that_the_model_cannot_do_is_said_before_it_is_loaded(tiny_encode
 
 
 def arguments_for(statements):
-    from bhpeft.config import DataArguments
+    from bhpeft.arguments import DataArguments
 
     return DataArguments(dataset_name=str(statements[0]))
 

@@ -11,8 +11,8 @@ from conftest import statement_rows
 from sklearn import metrics as reference
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from bhpeft.arguments import DataArguments
 from bhpeft.base_model import load_base_model
-from bhpeft.config import DataArguments
 from bhpeft.errors import InputError
 from bhpeft.prediction import decode_answers, greedy_config, label_log_likelihoods
 from bhpeft.results import read_metrics, read_model_outputs, read_predictions

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from bhpeft.adapters import attach_adapter
+from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import load_base_model
-from bhpeft.config import AdapterArguments
 from bhpeft.prediction import decode_answers, generate, greedy_config, label_log_likelihoods
 from bhpeft.tasks import Example
 from bhpeft.tasks.encoding import Collator, Encoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bhpeft.config import DataArguments
+from bhpeft.arguments import DataArguments
 from bhpeft.errors import InputError
 from bhpeft.tasks import Example, load_task
 from bhpeft.tasks.encoding import IGNORED, Collator, Encoder

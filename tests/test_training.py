@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from bhpeft.adapters import attach_adapter, kl_divergence
 from bhpeft.adapters.bh_peft import gaussian_layers
+from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import load_base_model
-from bhpeft.config import AdapterArguments
 from bhpeft.tasks import Example
 from bhpeft.tasks.encoding import Collator, Encoder
 from bhpeft.training import AdapterTrainer
