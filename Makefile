@@ -1,4 +1,6 @@
-# make demo [ADAPTER=lora|qlora|prompt-tuning|bh-peft|hybrid]   the whole pipeline in minutes, on CPU or GPU
+# make demo [ADAPTER=lora|qlora|prompt-tuning|bh-peft|hybrid]   the whole pipeline in minutes, on CPU or GPU, and its
+#                                                               report: results/report.html
+# make report                                                   results/report.html of all runs so far
 # make test [JOBS=2]                                            all tests, two at a time
 # make lint                                                     ruff
 # Each sets up .venv itself. A GPU build, or another CPU build, of torch: make demo TORCH="torch==2.13.0 ..."
@@ -12,10 +14,13 @@ BIN     := .venv/bin
 # With the environment's programs first: DeepSpeed looks for `ninja` on the PATH.
 RUN     := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test lint clean
+.PHONY: demo report test lint clean
 
 demo: .venv/ready
 	$(RUN) accelerate launch --config_file ds_zero3_cpu.yaml --num_processes $(RANKS) demo/demo.py --adapter_name $(ADAPTER)
+
+report: .venv/ready
+	$(RUN) python util/report.py
 
 test: .venv/test-ready
 	$(RUN) HF_HUB_OFFLINE=1 python -m pytest -n $(JOBS)

@@ -8,12 +8,14 @@ The way of the data: recipe and flags -> task -> frozen base -> adapter -> train
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from transformers import set_seed
 
 from bhpeft import environment
 from bhpeft.adapters import adopt_settings, attach_adapter, base_model_of, check_adapter, is_bayesian, virtual_tokens
+from bhpeft.arguments import TrainerArguments
 from bhpeft.base_model import (
     check_4bit,
     check_positions,
@@ -24,25 +26,54 @@ from bhpeft.base_model import (
     parameter_counts,
     settle_head,
 )
-from bhpeft.config import Run, adopt_task, check_output_dir, name_run, parse_arguments
+from bhpeft.calibration import calibrate, check_calibration
+from bhpeft.config import Run, adopt_task, check_output_dir, goes_on, name_run, parse_arguments
 from bhpeft.errors import InputError, run_main
-from bhpeft.prediction import greedy_config, read_answers
-from bhpeft.record import say, write_run
-from bhpeft.report.answered import Answered
+from bhpeft.job import Job, Learned
+from bhpeft.mc_dropout import check_dropout
+from bhpeft.plan.report import print_plan
+from bhpeft.prediction import check_do_sample, greedy_config, sampling_config
+from bhpeft.record import parameters_line, say, write_run
 from bhpeft.results import RunFiles
+from bhpeft.rounds import learn_in_rounds
 from bhpeft.tasks import load_task
 from bhpeft.tasks.encoding import Collator
+from bhpeft.tasks.ood import encode_ood, read_ood
+from bhpeft.tasks.packing import PackingCollator, check_packing
 from bhpeft.tasks.question import card_of, make_encoder
-from bhpeft.training import AdapterTrainer, BeforeTraining
+from bhpeft.tasks.rounds import load_in_rounds
+from bhpeft.training import AdapterTrainer
 
 
 def main(argv: list[str] | None = None) -> dict | None:
     """Run once; return the record written to `results/metrics/RUN.json` (on rank 0; None on the others)."""
     started = time.perf_counter()
     run = parse_arguments(argv)
+    if run.plan.plan:
+        return print_plan(run)
     training = run.training
+    job = prepare(run)
+    learned = learn_in_rounds(job, build_trainer) if job.plan else learn(job)
+    trainer, answered = learned.trainer, learned.answered
+    trained = time.perf_counter()
+    validation = trainer.evaluate() if training.do_eval else {}
+    if training.do_eval and (job.task.task_type != "generation" or run.data.fit_temperature):
+        rows = job.encoder.test_rows(job.task.validation, [])
+        answered["validation"] = job.answer(trainer, rows, job.task.validation)
+    if training.do_predict:
+        answered["adapter"] = job.answer(trainer, job.test_rows, job.task.test)
+    if training.do_predict and job.ood_rows:
+        answered["ood"] = job.answer(trainer, job.ood_rows, job.ood)
+    calibrate(run, job.task, answered, trainer.card)
+    timings = {"load": trained - started - learned.seconds, "train": learned.seconds}
+    timings["predict"] = time.perf_counter() - trained
+    return write_run(run, job.files, job.task, answered, learned.parameters, timings, validation, learned.history,
+                     learned.rounds)  # fmt: skip
 
-    # What is wrong with the input is found before a weight is loaded.
+
+def prepare(run: Run) -> Job:
+    """What the run needs but for weights: what is wrong with its input is found here, before one is loaded."""
+    training = run.training
     trained_labels = ()
     if run.adapter.adapter_path:
         adopt_settings(run.adapter)
@@ -51,80 +82,105 @@ def main(argv: list[str] | None = None) -> dict | None:
         raise InputError(
             "--posterior_samples: the adapter has no Gaussian weights; train one with --bayesian down or all"
         )
+    if run.rounds.on and run.rounds.carry == "posterior" and not is_bayesian(run.adapter):
+        raise InputError(
+            "--carry posterior: the adapter has no Gaussian weights; give --bayesian down or all, or --carry weights"
+        )
     name_run(run)
     files = RunFiles(run.output.results_dir, training.run_name)
-    files.check_free(run.output.overwrite)
+    files.check_free(run.output.overwrite or goes_on(run))
     check_output_dir(run)
     base_name = run.base.base_model or base_model_of(run.adapter.adapter_path)
     config = load_config(base_name, run.base.revision)
+    check_dropout(run, config)
     environment.check_compiler(training)
     in_4bit = settle_4bit(run)
-    task = load_task(run.data, training.data_seed, training.do_eval, training.do_train, trained_labels)
+    load = (run.data, training.data_seed, training.do_eval, training.do_train, trained_labels)
+    task, plan = load_in_rounds(run.rounds, *load) if run.rounds.on else (load_task(*load), None)
+    check_calibration(run, task)
+    ood = read_ood(run.data, task, training.data_seed)
     with_head = settle_head(run.base.head, config, task.task_type)
-    head = task.task_type if with_head else "lm"
-    check_adapter(run.adapter, config, base_name, head)
+    check_adapter(run.adapter, config, base_name, task.task_type if with_head else "lm")
+    check_packing(run, config, is_bayesian(run.adapter), with_head)
+    check_do_sample(run.data, task)
     tokenizer = load_tokenizer(base_name, run.base.revision, generates=not with_head)
-    encoder = make_encoder(tokenizer, run.data, task, with_head, run.adapter.adapter_path)
+    known = task if plan is None else plan.at_first(task)
+    encoder = make_encoder(tokenizer, run.data, known, with_head, run.adapter.adapter_path)
     notes = run.notes + task.notes
-    train_rows = encoder.train_rows(task.train, notes) if training.do_train else None
+    if plan:
+        plan.check_rows(task, encoder, notes)
+    train_rows = encoder.train_rows(task.train, notes) if training.do_train and not plan else None
     validation_rows = encoder.train_rows(task.validation, notes) if training.do_eval else None
     test_rows = encoder.test_rows(task.test, notes)
+    ood_rows = encode_ood(encoder, ood, notes)
     new_tokens = 0 if with_head else run.data.max_new_tokens + virtual_tokens(run.adapter)
     check_positions(config, run.data.max_length + new_tokens)
     files.prepare()
     say(*notes)
+    rows = (train_rows, validation_rows, test_rows, ood, ood_rows)
+    return Job(run, files, task, plan, base_name, with_head, in_4bit, tokenizer, encoder, *rows)
 
-    # Frozen base, sharded while it loads; then the adapter, whole on every rank until DeepSpeed takes the model.
+
+def build_trainer(
+    job: Job,
+    train_rows: list[dict] | None,
+    training: TrainerArguments | None = None,
+    adapter_path: str | None = None,
+) -> AdapterTrainer:
+    """The frozen base, sharded while it loads; the adapter, whole on every rank until DeepSpeed takes the model; and
+    the trainer of the two.
+
+    Args:
+        train_rows: encoded rows to train on.
+        training: in place of the run's own.
+        adapter_path: folder of the adapter to start from, in place of the run's own.
+    """
+    run, task, encoder = job.run, job.task, job.encoder
+    training = training or run.training
     set_seed(training.seed)
-    how = (run.precision, in_4bit, run.base.revision, run.base.attn_implementation, run.base.base_dropout)
-    if with_head:
-        base, trained_too = load_with_head(base_name, task.task_type, task.labels, tokenizer.pad_token_id, *how)
+    how = (run.precision, job.in_4bit, run.base.revision, run.base.attn_implementation, run.base.base_dropout)
+    if job.with_head:
+        pad = job.tokenizer.pad_token_id
+        base, trained_too = load_with_head(job.base_name, task.task_type, task.labels, pad, *how)
     else:
-        base, trained_too = load_base_model(base_name, *how), []
+        base, trained_too = load_base_model(job.base_name, *how), []
     trained_too += run.adapter.modules_to_save or []
-    model = attach_adapter(base, run.adapter, base_name, head, trained_too)
-    parameters = parameter_counts(model)
-    say("training {trainable:,} of {all:,} parameters ({trainable_percent:.4f} %)".format(**parameters))
-
+    adapter = dataclasses.replace(run.adapter, adapter_path=adapter_path or run.adapter.adapter_path)
     trainer = AdapterTrainer(
-        model=model,
+        model=attach_adapter(base, adapter, job.base_name, job.head, trained_too),
         args=training,
         train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        data_collator=Collator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        with_head=with_head,
+        eval_dataset=job.validation_rows,
+        data_collator=(PackingCollator if run.data.packing else Collator)(job.tokenizer.pad_token_id),
+        processing_class=job.tokenizer,
+        with_head=job.with_head,
     )
     trainer.kl_weight = run.adapter.kl_weight
-    trainer.posterior_samples = run.data.posterior_samples
-    trainer.card = card_of(run.data, task, encoder, in_4bit)
-    if not with_head and run.data.predict_by == "generate":
-        trainer.generation_config = greedy_config(tokenizer, run.data.max_new_tokens, encoder.end_id)
+    trainer.posterior_samples, trainer.mc_dropout_samples = run.data.posterior_samples, run.data.mc_dropout_samples
+    trainer.card = card_of(run.data, task, encoder, job.in_4bit)
+    if not job.with_head and run.data.predict_by == "generate":
+        trainer.generation_config = greedy_config(job.tokenizer, run.data.max_new_tokens, encoder.end_id)
+        if run.data.do_sample:
+            how = (run.data.temperature, run.data.top_k, run.data.top_p)
+            trainer.sampling_config = sampling_config(trainer.generation_config, *how)
+    return trainer
+
+
+def learn(job: Job) -> Learned:
+    """Train on all rows at once, if the run trains."""
+    trainer = build_trainer(job, job.train_rows)
+    parameters = parameter_counts(trainer.model)
+    say(parameters_line(parameters))
     loaded = time.perf_counter()
-
-    def answer(rows=test_rows, examples=task.test) -> Answered:
-        return read_answers(trainer.answer(rows), rows, examples, task, encoder)
-
-    def answer_with_base() -> None:
-        with trainer.model.disable_adapter():
-            answered["base"] = answer()
-
-    answered: dict[str, Answered] = {}
-    if run.output.compare_base and training.do_train:
-        trainer.add_callback(BeforeTraining(answer_with_base))
-    elif run.output.compare_base:
-        answer_with_base()
-    if training.do_train:
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    learned = Learned(trainer, parameters, trainer.state.log_history)
+    if job.run.output.compare_base:
+        job.answer_with_base(trainer, learned.answered)
+    if job.train_rows is not None:
+        trainer.train(resume_from_checkpoint=job.run.training.resume_from_checkpoint)
         trainer.save_model()
-    trained = time.perf_counter()
-    validation = trainer.evaluate() if training.do_eval else {}
-    if training.do_eval and task.task_type != "generation":
-        answered["validation"] = answer(encoder.test_rows(task.validation, []), task.validation)
-    if training.do_predict:
-        answered["adapter"] = answer()
-    timings = {"load": loaded - started, "train": trained - loaded, "predict": time.perf_counter() - trained}
-    return write_run(run, files, task, answered, parameters, timings, validation, trainer.state.log_history)
+    learned.history = trainer.state.log_history
+    learned.seconds = time.perf_counter() - loaded
+    return learned
 
 
 def settle_4bit(run: Run) -> bool:

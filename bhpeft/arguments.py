@@ -17,11 +17,24 @@ LONG_PROMPTS = ("error", "truncate", "drop")
 TASK_TYPES = ("classification", "regression", "multiple_choice", "generation")
 HEADS = ("auto", "task", "lm")
 PREDICT_BY = ("generate", "score")
+CARRY = ("posterior", "weights", "l2", "none")
+REPLAY = ("none", "partial", "full")
+PARTS = ("train", "validation", "test", "ood")
 
 
 def option(default, help: str, *aliases: str):  # noqa: A002 - `help` is argparse's own word
     """A dataclass field that is a flag: its default, its one-line help, and further names for it."""
     return field(default=default, metadata={"help": help, "aliases": list(aliases)})
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise `InputError` for settings that nothing can be sampled with."""
+    if not 0 < temperature < math.inf:
+        raise InputError(f"--temperature {temperature}: must be above 0")
+    if top_k < 0:
+        raise InputError(f"--top_k {top_k}: must be 0 (all tokens) or more")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top_p {top_p}: must be above 0 and at most 1")
 
 
 @dataclass
@@ -104,6 +117,9 @@ class DataArguments:
     dataset_name: str | None = option(None, "a known name, a hub id, or a .csv, .tsv, .jsonl or .parquet file")
     data_path: str | None = option(None, "folder of a known dataset in its own distribution layout (default: the hub)")
     test_file: str | None = option(None, "file of test rows (default: the dataset's own, else a slice is held out)")
+    validation_file: str | None = option(None, "file of validation rows, for --do_eval (default: a slice is held out)")
+    ood_dataset_name: str | None = option(None, "rows of another domain, asked too: a known name, a hub id or a file")
+    ood_data_path: str | None = option(None, "as --data_path, of --ood_dataset_name")
     task_type: str | None = option(None, f"one of {', '.join(TASK_TYPES)} (default: the dataset's, or inferred)")
     labels: list[str] | None = option(None, "class names in order (default: the dataset's, or those found, sorted)")
     text_column: str = option("text_input", "column of the input text")
@@ -115,6 +131,7 @@ class DataArguments:
     max_train_samples: int | None = option(None, "use at most this many training rows")
     max_validation_samples: int | None = option(None, "use at most this many validation rows")
     max_test_samples: int | None = option(None, "use at most this many test rows")
+    max_ood_samples: int = option(1000, "use at most this many rows of --ood_dataset_name")
     prompt_template: str = option(
         "{text_input}",
         "text given to the model, {text_input} and {instruction} standing for theirs; or a name: instruction, llama2, "
@@ -126,7 +143,15 @@ class DataArguments:
     max_length: int = option(64, "most tokens of prompt and answer together")
     long_prompts: str = option("error", "prompts that leave no room for an answer: error, truncate or drop")
     max_new_tokens: int = option(30, "most tokens generated for an answer")
+    context_turns: int | None = option(None, "conversations: most exchanges before a message (default: all that fit)")
+    packing: bool = option(False, "train on the rows of a micro-batch end to end in one, without padding")
+    do_sample: bool = option(False, "free text: answer the test rows a second time, by seeded sampling")
+    temperature: float = option(1.0, "sampling: what the logits are divided by")
+    top_k: int = option(0, "sampling: only the k likeliest tokens; 0 for all")
+    top_p: float = option(1.0, "sampling: only the likeliest tokens that together have this probability")
     posterior_samples: int = option(0, "score test rows under this many weights drawn from the posterior, too")
+    mc_dropout_samples: int = option(0, "score test rows this many times with dropout on, too")
+    fit_temperature: bool = option(False, "divide scores by a temperature fitted on the validation rows (--do_eval)")
 
     def __post_init__(self):
         for name in ("data_fraction", "test_fraction"):
@@ -134,12 +159,18 @@ class DataArguments:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0 and at most 1")
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"--validation_fraction {self.validation_fraction}: must be at least 0 and below 1")
-        for name in ("max_length", "max_new_tokens", "max_train_samples", "max_validation_samples", "max_test_samples"):
+        for name in ("max_length", "max_new_tokens", *(f"max_{part}_samples" for part in PARTS)):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: must be at least 1")
-        if self.posterior_samples < 0 or self.posterior_samples == 1:
-            raise InputError(f"--posterior_samples {self.posterior_samples}: must be 0 (the mean alone), or 2 or more")
+        for name, none in (("posterior_samples", "the mean alone"), ("mc_dropout_samples", "dropout off")):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be 0 ({none}), or 2 or more")
+        if self.posterior_samples and self.mc_dropout_samples:
+            raise InputError("--posterior_samples and --mc_dropout_samples: samples of two kinds; give one of them")
+        if self.context_turns is not None and self.context_turns < 0:
+            raise InputError(f"--context_turns {self.context_turns}: must be 0 (none) or more")
+        check_sampling(self.temperature, self.top_k, self.top_p)
         if self.exemplars_per_generic < 0:
             raise InputError(f"--exemplars_per_generic {self.exemplars_per_generic}: must be 0 (all) or more")
         if self.long_prompts not in LONG_PROMPTS:
@@ -168,6 +199,82 @@ class OutputArguments:
     overwrite: bool = option(False, "replace the results and the adapter of an earlier run of the same name")
     compare_base: bool = option(False, "answer the test rows with the frozen base as well, before training")
     smoke: bool = option(False, "a few rows and steps of the same run, to see that everything works")
+
+
+@dataclass
+class RoundArguments:
+    """Learning in rounds: rows that arrive bit by bit, and what a round leaves to the next."""
+
+    rounds: list[str] | None = option(None, "numbers of new training rows, one a round: 10 20 40 (or 10,20,40)")
+    round_files: list[str] | None = option(None, "in place of --rounds and --dataset_name: a file for each round")
+    carry: str = option("posterior", "what the next round gets: posterior (as its prior), weights, l2 or none")
+    replay: str = option("none", "rows of past rounds trained on again: none, partial or full")
+    replay_ratio: float = option(0.2, "--replay partial: share of every past round, drawn anew each round")
+    l2_weight: float = option(0.0, "weight w of w/2 |theta - theta_previous|^2; --carry posterior: of point weights")
+    prior_widening: float = option(1.0, "--carry posterior: factor on the carried deviations, 1 or more")
+    min_round_steps: int = option(0, "more epochs for small rounds, until they take this many optimizer steps")
+    max_known_samples: int | None = option(None, "after a round ask about at most this many rows of each round so far")
+    resume_rounds: bool = option(False, "go on with a run in rounds that was killed, where it stopped")
+
+    @property
+    def on(self) -> bool:
+        """Whether there are rounds at all."""
+        return bool(self.rounds or self.round_files)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of new rows, one a round."""
+        return [int(size) for size in self.rounds or ()]
+
+    def __post_init__(self):
+        if self.rounds is not None:
+            words = [word for text in self.rounds for word in str(text).replace(",", " ").split()]
+            for word in words or [""]:
+                if not word.isdecimal() or int(word) < 1:
+                    raise InputError(f"--rounds {word}: must be numbers of rows, each at least 1, as 10 20 40")
+            self.rounds = [int(word) for word in words]
+        if self.rounds is not None and self.round_files is not None:
+            raise InputError("--rounds and --round_files: give one of them; files bring their own numbers of rows")
+        for name, known in (("carry", CARRY), ("replay", REPLAY)):
+            if getattr(self, name) not in known:
+                raise InputError(f"--{name} {getattr(self, name)}: must be one of {', '.join(known)}")
+        if not 0 < self.replay_ratio <= 1:
+            raise InputError(f"--replay_ratio {self.replay_ratio}: must be above 0 and at most 1")
+        if not 0 <= self.l2_weight < math.inf:
+            raise InputError(f"--l2_weight {self.l2_weight}: must be 0 or more")
+        if self.carry == "l2" and not self.l2_weight:
+            raise InputError("--carry l2: without --l2_weight above 0 it is --carry weights; give one of them")
+        if self.carry in ("weights", "none") and self.l2_weight:
+            raise InputError(f"--l2_weight: has no use with --carry {self.carry}; give --carry l2 or posterior")
+        if not 1 <= self.prior_widening < math.inf:
+            raise InputError(f"--prior_widening {self.prior_widening}: must be 1 or more")
+        if self.prior_widening > 1 and self.carry != "posterior":
+            raise InputError(f"--prior_widening: has no use with --carry {self.carry}; give --carry posterior")
+        if self.min_round_steps < 0:
+            raise InputError(f"--min_round_steps {self.min_round_steps}: must be 0 or more")
+        if self.max_known_samples is not None and self.max_known_samples < 1:
+            raise InputError(f"--max_known_samples {self.max_known_samples}: must be at least 1")
+
+
+@dataclass
+class PlanArguments:
+    """What a run will need, said before it is run."""
+
+    plan: bool = option(False, "print what memory and time the run needs, from its configuration alone, and stop")
+    gpu_memory: float | None = option(None, "plan: GiB of each GPU (default: measured; without a GPU there is none)")
+    cpu_memory: float | None = option(None, "plan: GiB of the host (default: measured)")
+    link_gbps: float | None = option(None, "plan: GB/s from host to GPU (default: measured)")
+    flops: float | None = option(None, "plan: FLOP/s of matrix products, as 3e14 (default: measured)")
+    plan_ranks: list[int] | None = option(None, "plan: numbers of ranks to show (default: by GPUs, else 1 2 4)")
+    plan_json: str | None = option(None, "plan: file to write it to as well, as JSON")
+
+    def __post_init__(self):
+        for name in ("gpu_memory", "cpu_memory", "link_gbps", "flops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name} {value}: must be above 0")
+        if self.plan_ranks is not None and min(self.plan_ranks, default=0) < 1:
+            raise InputError(f"--plan_ranks {' '.join(map(str, self.plan_ranks))}: must be numbers, each at least 1")
 
 
 @dataclass
@@ -207,4 +314,7 @@ class TrainerArguments(TrainingArguments):
             raise InputError(f"--report_to {', '.join(sorted(missing))}: not installed; pip install it, or give none")
 
 
-ARGUMENT_CLASSES = (BaseModelArguments, AdapterArguments, DataArguments, OutputArguments, TrainerArguments)
+ARGUMENT_CLASSES = (
+    BaseModelArguments, AdapterArguments, DataArguments, OutputArguments, RoundArguments, PlanArguments,
+    TrainerArguments,
+)  # fmt: skip

@@ -31,6 +31,7 @@ HEADS = {
     "multiple_choice": AutoModelForMultipleChoice,
 }
 
+UNQUANTISED = ("classifier", "pre_classifier", "score", "pooler")  # what heads are called: never loaded in 4 bit
 
 # What the architectures call the probabilities of their dropouts in their configurations.
 DROPOUTS = (
@@ -267,7 +268,7 @@ def _load(
     quantisation = quantisation_config(precision) if in_4bit else None
     if in_4bit and auto is not AutoModelForCausalLM:
         # transformers keeps a language model's head out of quantisation by itself, and would quantise these.
-        quantisation.llm_int8_skip_modules = ["classifier", "pre_classifier", "score", "pooler"]
+        quantisation.llm_int8_skip_modules = list(UNQUANTISED)
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports the head as missing, which is known and about to be trained
     try:

@@ -26,10 +26,14 @@ from bhpeft.arguments import (
     BaseModelArguments,
     DataArguments,
     OutputArguments,
+    PlanArguments,
+    RoundArguments,
     TrainerArguments,
 )
 from bhpeft.errors import InputError, nearest
 from bhpeft.tasks.card import TaskCard
+
+ROUNDS_STATE = "rounds.json"  # in the folder of a run in rounds: which of them are finished
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Run:
     adapter: AdapterArguments
     data: DataArguments
     output: OutputArguments
+    rounds: RoundArguments
+    plan: PlanArguments
     training: TrainerArguments
     precision: str  # "no" (fp32), "fp16" or "bf16"
     notes: list[str]
@@ -52,7 +58,7 @@ class Run:
     def as_dict(self) -> dict:
         """The whole configuration, JSON-ready, secrets left out."""
         settings = {"precision": self.precision, **self.training.to_sanitized_dict()}
-        for part in (self.base, self.adapter, self.data, self.output):
+        for part in (self.base, self.adapter, self.data, self.output, self.rounds):
             settings.update(dataclasses.asdict(part))
         return {name: value for name, value in settings.items() if not name.endswith("_token")}
 
@@ -130,14 +136,14 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
     settings = vars(namespace)
     precision, notes = environment.prepare(settings)
     try:
-        base, adapter, data, output, training = parser.parse_dict(settings, allow_extra_keys=True)
+        base, adapter, data, output, rounds, plan, training = parser.parse_dict(settings, allow_extra_keys=True)
     except InputError:
         raise
     except ValueError as error:  # TrainingArguments refuses a value or a combination
         raise InputError(str(error)) from error
     environment.set_precision(training, precision)
     given = frozenset(word[2:].split("=")[0] for word in words if word.startswith("--"))
-    run = Run(base, adapter, data, output, training, precision, notes, given)
+    run = Run(base, adapter, data, output, rounds, plan, training, precision, notes, given)
     if output.smoke:
         _make_small(run)
     _check(run)
@@ -161,6 +167,7 @@ def _make_small(run: Run) -> None:
     data.max_train_samples = min(data.max_train_samples or 64, 64)
     data.max_validation_samples = min(data.max_validation_samples or 16, 16)
     data.max_test_samples = min(data.max_test_samples or 16, 16)
+    data.max_ood_samples = min(data.max_ood_samples, 16)
     data.max_new_tokens = min(data.max_new_tokens, 8)
     data.long_prompts = "truncate"
     training.max_steps = min(training.max_steps, 4) if training.max_steps > 0 else 4
@@ -168,6 +175,8 @@ def _make_small(run: Run) -> None:
     training.gradient_accumulation_steps = min(training.gradient_accumulation_steps, 2)
     training.logging_steps = 1
     training.warmup_steps = 0
+    if run.rounds.rounds:
+        run.rounds.rounds = [min(size, 16) for size in run.rounds.rounds[:3]]
     run.notes.append("--smoke: at most 64 training, 16 validation and 16 test rows, 4 steps; its figures mean nothing")
 
 
@@ -178,14 +187,46 @@ def _check(run: Run) -> None:
         beside = Path(checkpoint).parent.glob("checkpoint-*/trainer_state.json")
         whole = ", ".join(sorted(str(file.parent) for file in beside)) or "none"
         raise InputError(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; whole ones beside it: {whole}")
+    if run.rounds.on:
+        _check_rounds(run)
+    elif unused := sorted(run.given & {field.name for field in dataclasses.fields(RoundArguments)}):
+        raise InputError(f"--{unused[0]}: is about rounds; give --rounds or --round_files as well")
     if not run.data.dataset_name:
         raise InputError("--dataset_name: missing; give a known name, or a .csv file with text_input,text_label")
     if not run.base.base_model and not run.adapter.adapter_path:
         raise InputError("--base_model: missing; give a hub id or a folder (or --adapter_path, which knows its base)")
     if not run.training.do_train and not run.adapter.adapter_path:
         raise InputError("--do_train false: there is nothing to test; give --adapter_path FOLDER")
+    for name in ("fit_temperature", "validation_file"):
+        if getattr(run.data, name) and not run.training.do_eval:
+            raise InputError(f"--{name}: is about validation rows; give --do_eval as well")
     if not (run.training.do_train or run.training.do_eval or run.training.do_predict):
         raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; switch one on")
+
+
+def _check_rounds(run: Run) -> None:
+    """Settings that rounds do not go together with; and the dataset's name where each round has a file of its own."""
+    flag = "rounds" if run.rounds.rounds else "round_files"
+    for name, why in (
+        ("do_train", "there is nothing to learn in rounds"),
+        ("do_predict", "rounds are judged by their answers"),
+    ):
+        if not getattr(run.training, name):
+            raise InputError(f"--{flag} with --{name} false: {why}; leave --{name} out")
+    if run.training.resume_from_checkpoint:
+        raise InputError(f"--resume_from_checkpoint with --{flag}: give --resume_rounds; it finds the checkpoint")
+    if run.rounds.min_round_steps and run.training.max_steps > 0 and "max_steps" in run.given:
+        raise InputError("--min_round_steps with --max_steps: every round takes just --max_steps; give one of them")
+    if run.rounds.carry == "none" and run.adapter.adapter_path:
+        raise InputError("--adapter_path with --carry none: every round would start from scratch; give another --carry")
+    if run.rounds.round_files:
+        for name in ("dataset_name", "test_file", "validation_file"):
+            if getattr(run.data, name, None):
+                raise InputError(f"--{name} with --round_files: rows come from the files, which are held out from, too")
+        for file in run.rounds.round_files:
+            if not Path(file).is_file():
+                raise InputError(f"--round_files {file}: no such file")
+        run.data.dataset_name = "+".join(Path(file).stem for file in run.rounds.round_files)[:60]
 
 
 def adopt_task(run: Run) -> tuple[str, ...]:
@@ -207,7 +248,7 @@ def adopt_task(run: Run) -> tuple[str, ...]:
     run.data.task_type = card.task_type
     if run.base.head == "auto":
         run.base.head = "task" if card.head else "lm"
-    for name in ("prompt_template", "instruction", "max_length", "answer_end", "predict_by"):
+    for name in ("prompt_template", "instruction", "max_length", "answer_end", "predict_by", "context_turns"):
         if name not in run.given:
             setattr(run.data, name, getattr(card, name))
     if card.base_in_4bit and not run.load_in_4bit and not run.base.allow_full_precision:
@@ -229,6 +270,11 @@ def name_run(run: Run) -> None:
         run.training.output_dir = str(Path("adapters") / run.training.run_name)
 
 
+def goes_on(run: Run) -> bool:
+    """Whether `--resume_rounds` finds a run in rounds to go on with."""
+    return run.rounds.resume_rounds and (Path(run.training.output_dir) / ROUNDS_STATE).is_file()
+
+
 def check_output_dir(run: Run) -> None:
     """Raise `InputError` if the run would write its adapter over another one and may not."""
     folder = Path(run.training.output_dir)
@@ -238,6 +284,8 @@ def check_output_dir(run: Run) -> None:
         if part.exists() and not part.is_dir():
             raise InputError(f"--output_dir {folder}: {part} is a file; choose another --output_dir or --run_name")
     checkpoint = run.training.resume_from_checkpoint
+    if goes_on(run):
+        return
     if run.output.overwrite or (checkpoint and Path(checkpoint).resolve().parent == folder.resolve()):
         return
     if folder.exists() and any(folder.iterdir()):

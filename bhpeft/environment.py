@@ -36,9 +36,15 @@ def is_main_process() -> bool:
 def leave_together() -> None:
     """End the process group, once every rank has come here: rank 0 writes results after the others are done, and a
     rank that tears down its connections while another still works takes the whole run down with it."""
+    wait_for_all()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Go on once every rank has come here; at once in a single process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def prepare(settings: dict) -> tuple[str, list[str]]:

@@ -92,7 +92,7 @@ def accuracy_counts(
     return AccuracyCounts(correct, tie, total - correct - tie, total, correct / total if total else math.nan)
 
 
-def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, total: int, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval for a proportion, (nan, nan) when `total` is 0.
 
     Raises ValueError unless 0 <= successes <= total and 0 < level < 1. Source: Wilson 1927, J. Am. Stat.
@@ -160,3 +160,14 @@ def explanation_scores(rows: Iterable[HumanScore], kind: str | None = None) -> E
     if not n:
         return ExplanationScores(math.nan, math.nan, math.nan, 0, len(rows))
     return ExplanationScores((factual + justifies) / (2 * n), factual / n, justifies / n, n, len(rows) - n)
+
+
+def explanation_intervals(scores: ExplanationScores) -> dict[str, tuple[float, float]]:
+    """95 % Wilson intervals of overall, factual and justifies, each over the judged rows.
+
+    Overall is a mean of two scores a row, which vary no more than one score would: its interval is on the safe side.
+    """
+    if not scores.judged:
+        return {name: (math.nan, math.nan) for name in scores._fields[:3]}
+    means = zip(scores._fields[:3], scores[:3], strict=True)
+    return {name: wilson_interval(value * scores.judged, scores.judged) for name, value in means}

@@ -5,8 +5,10 @@ Both run on every rank at once: under ZeRO-3 a rank that skips a forward pass le
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from bhpeft.adapters.sites import prefix_kept
+from bhpeft.errors import InputError
 from bhpeft.report.answered import Answered
 from bhpeft.results import ModelOutput
 from bhpeft.tasks import Example, Task
@@ -31,12 +35,14 @@ class Answers:
         tokens: (N, max_new_tokens) generated token ids, or None where nothing is generated.
         scores: (N, C) log-likelihoods of the row's `label_ids`, or the logits of the model's own head.
         samples: (N, S, C) the same under S weights drawn from the posterior, or None.
+        drawn: (N, max_new_tokens) as `tokens`, sampled, or None.
     """
 
     index: np.ndarray
     tokens: np.ndarray | None
     scores: np.ndarray
     samples: np.ndarray | None = None
+    drawn: np.ndarray | None = None
 
 
 def greedy_config(
@@ -56,27 +62,64 @@ def greedy_config(
     )
 
 
+def check_do_sample(arguments, task: Task) -> None:
+    """Raise `InputError` where `--do_sample` is asked for and answers are no free text.
+
+    Args:
+        arguments: a `DataArguments`.
+    """
+    if arguments.do_sample and (task.task_type != "generation" or task.labels or arguments.predict_by != "generate"):
+        raise InputError("--do_sample: is for answers of free text; here they are labels or scores, so leave it out")
+
+
+def sampling_config(
+    config: GenerationConfig, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> GenerationConfig:
+    """The same as a configuration of `greedy_config`, but for tokens being sampled.
+
+    Args:
+        temperature: what the logits are divided by.
+        top_k: only the k likeliest tokens; 0 for all.
+        top_p: only the likeliest tokens that together have this probability.
+    """
+    sampled = copy.deepcopy(config)
+    sampled.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    return sampled
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers by a seed for the length of the block; the states are as before afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 @torch.no_grad()
 def generate(
     model: PeftModel | PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     config: GenerationConfig,
+    **further,
 ) -> torch.Tensor:
     """Generate answers to left-padded prompts.
 
     Args:
         input_ids, attention_mask: (B, L), padded on the left.
-        config: as of `greedy_config`.
+        config: as of `greedy_config` or `sampling_config`.
+        further: arguments of transformers' `generate`, such as a streamer.
 
     Returns:
         (B, max_new_tokens) token ids of the answers alone, filled up with the padding token.
     """
     synced = is_deepspeed_zero3_enabled()  # ranks whose answers are done go on with the others' forward passes
-    arguments = {"attention_mask": attention_mask, "generation_config": config, "synced_gpus": synced}
+    arguments = {"attention_mask": attention_mask, "generation_config": config, "synced_gpus": synced, **further}
     prompts = _virtual_prompts(model, len(input_ids))
     if prompts is None:
-        answer = model.generate(input_ids=input_ids, **arguments)[:, input_ids.shape[1] :]
+        # The weights stay as they are meanwhile, so a prefix is computed once instead of with each token.
+        with contextlib.nullcontext() if synced or model.training else prefix_kept(model):
+            answer = model.generate(input_ids=input_ids, **arguments)[:, input_ids.shape[1] :]
     else:
         # peft would put the virtual tokens before the padding, so that a row's answer depended on its
         # neighbours' lengths. They go between padding and text, as in training.
@@ -195,4 +238,6 @@ def read_answers(
         tokens = np.array([len(row["label_ids"][0]) for row in rows])
     outputs = [ModelOutput(e.query, text, e.answer) for e, text in zip(examples, texts, strict=True)]
     ids = [example.id for example in examples]
-    return Answered(ids, outputs, scores, answers.tokens is not None, tokens, mean, deviation, samples)
+    drawn = None if answers.drawn is None else decode_answers(encoder.tokenizer, answers.drawn, encoder.end_id)
+    generated = answers.tokens is not None
+    return Answered(ids, outputs, scores, generated, tokens, mean, deviation, samples, drawn=drawn)

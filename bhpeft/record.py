@@ -9,8 +9,11 @@ from accelerate.utils import gather_object
 from bhpeft import environment
 from bhpeft.config import Run
 from bhpeft.files import write_atomic
+from bhpeft.model_card import write_model_card
 from bhpeft.report import report_for
 from bhpeft.report.answered import Answered
+from bhpeft.report.ood import ood_figures, ood_sentence
+from bhpeft.report.rounds import sentence as known_sentence
 from bhpeft.report.tables import figures_table, samples_table
 from bhpeft.results import (
     HumanScore,
@@ -23,12 +26,19 @@ from bhpeft.results import (
 )
 from bhpeft.tasks import Task
 
+RESULTS = Path(__file__).resolve().parents[1] / "results"  # what the scripts of util/ read by themselves
+
 
 def say(*lines: str) -> None:
     """Print lines, from the main process alone."""
     if environment.is_main_process():
         for line in lines:
             print(line, flush=True)
+
+
+def parameters_line(parameters: dict) -> str:
+    """What is trained, in a line; `parameters` as of `parameter_counts`."""
+    return "training {trainable:,} of {all:,} parameters ({trainable_percent:.4f} %)".format(**parameters)
 
 
 def write_run(
@@ -40,14 +50,16 @@ def write_run(
     timings: dict[str, float],
     validation: dict[str, float],
     history: list[dict],
+    rounds: list[dict] | None = None,
 ) -> dict | None:
     """Write all files of a run and print its figures. Every rank must call it; rank 0 writes.
 
     Args:
-        answered: answers to test rows of "base" and "adapter", and to validation rows ("validation"), as far as they
-            were asked; the adapter's are written.
+        answered: answers to test rows of "base" and "adapter", to validation rows ("validation") and to rows of another
+            domain ("ood"), as far as they were asked; the adapter's are written.
         validation: losses on validation rows.
         history: logged losses and learning rates, as of `TrainerState.log_history`.
+        rounds: what each round did, where the run learned in rounds.
 
     Returns:
         The record of `results/metrics/RUN.json` on rank 0, None on the other ranks.
@@ -57,14 +69,18 @@ def write_run(
         return None
     report = report_for(task)
     tables = {name: report.predictions(part, task) for name, part in answered.items()}
-    figures = {name: report.figures(answered[name], tables[name], task) for name in answered}
+    figures = {name: report.figures(answered[name], tables[name], task) for name in answered if name != "ood"}
+    if "ood" in answered:
+        figures["ood"] = ood_figures(tables["adapter"], tables["ood"])
+    calibrated = "adapter" in answered and answered["adapter"].temperature != 1
     record = {
         "run_name": run.training.run_name,
         "task_type": task.task_type,
         "metrics": {
             **figures.get("adapter", {}),
             **{name: value for name, value in validation.items() if name == "eval_loss"},
-            **{name: figures[name] for name in ("base", "validation") if name in figures},
+            **{name: figures[name] for name in ("base", "validation", "ood") if name in figures},
+            **({"temperature": answered["adapter"].temperature} if calibrated else {}),
         },
         "config": run.as_dict(),
         "seed": run.training.seed,
@@ -75,6 +91,8 @@ def write_run(
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
         "history": history,
     }
+    if rounds is not None:
+        record["rounds"] = rounds
     with_head = "base" in answered and not answered["base"].generated and run.data.predict_by == "generate"
     headings = {
         "base": "untrained head" if with_head else "frozen base",
@@ -89,6 +107,9 @@ def write_run(
         before = answered["base"].outputs if "base" in answered else None
         say("", "Held-out rows, some of them:", samples_table(outputs, before))
         say("", figures_table(columns, report.ROWS), "", report.sentence(figures["adapter"]))
+        if "ood" in answered:
+            say("", ood_sentence(figures["ood"]))
+            write_predictions(files.ood_predictions, tables["ood"])
         say("", f"answers         {files.model_outputs}", f"predictions     {files.predictions}")
         if task.task_type == "generation" and answered["adapter"].generated:  # only a person can judge it
             unjudged = [HumanScore(i, row.query, row.output, None, None) for i, row in enumerate(outputs)]
@@ -106,5 +127,12 @@ def write_run(
             write_atomic(files.plots / "answers.png", plot)
             say(f"plot            {files.plots / 'answers.png'}")
     if run.training.do_train:
+        write_model_card(run.training.output_dir, record, files.predictions if "adapter" in answered else None)
         say(f"adapter         {Path(run.training.output_dir)}")
+    if rounds is not None:
+        say(f"rounds          {files.rounds}, {files.plots / 'rounds.png'}")
+    where = "" if files.results_dir.resolve() == RESULTS else f" --results_dir {files.results_dir}"
+    say(f"report          python util/report.py{where}")
+    if rounds is not None:
+        say("", known_sentence(rounds))
     return record

@@ -26,6 +26,7 @@ SCHEMA_VERSION = 1  # of results/metrics/RUN.json
 METRICS_KEYS = ("run_name", "metrics", "config", "seed", "versions", "hardware", "timings", "parameters")
 HUMAN_HEADER = ["index", "query", "model output", "factual", "justifies"]
 PREDICTION_COLUMNS = ["id", "label", "prediction"]
+OOD_SUFFIX = ".ood.csv"  # of the predictions of rows of another domain
 TAGS = {"<QUERY>": "\t\t\t ", "<MODEL OUTPUT>": "\t\t ", "<EXPECTED OUTPUT>": "\t "}  # tag -> what follows it
 _TAG = "|".join(TAGS)
 _SCORES = {"": None, "0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets write 1.0 once a cell is empty
@@ -156,6 +157,32 @@ def _human_score(path: str | Path, line: int, fields: list[str]) -> HumanScore:
                 f"{path}:{line}: {name} is {value.strip()[:40]!r}; give 0, 1, or nothing where not yet judged."
             )
     return HumanScore(int(fields[0]), fields[1], fields[2], *(_SCORES[value.strip()] for value in fields[3:]))
+
+
+def annotation_file(outputs: str | Path, annotator: str, folder: str | Path | None = None) -> Path:
+    """Where an annotator's scores of a file of outputs are kept: human_evaluation/RUN.ANNOTATOR.csv.
+
+    `folder` takes the place of the human_evaluation/ that lies beside the outputs' folder. Raises `InputError` where
+    that would be the file of another run, called RUN.ANNOTATOR.
+    """
+    outputs = Path(outputs)
+    if outputs.with_name(f"{outputs.stem}.{annotator}{outputs.suffix}").exists():
+        raise InputError(f"--annotator {annotator}: there is a run {outputs.stem}.{annotator}; use another name.")
+    folder = Path(folder) if folder else outputs.resolve().parent.parent / "human_evaluation"
+    return folder / f"{outputs.stem}.{annotator}.csv"
+
+
+def run_and_annotator(path: str | Path) -> tuple[str, str]:
+    """The run whose human evaluation a file is, and the annotator: "" for RUN.csv, which names none.
+
+    A run's name may hold full stops: RUN.ANNOTATOR is read as a whole where a run of that name has outputs.
+    """
+    path = Path(path)
+    run, _, annotator = path.stem.rpartition(".")
+    whole = path.resolve().parent.parent / "model_outputs" / f"{path.stem}.txt"
+    if not run or whole.exists() or not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", annotator):
+        return path.stem, ""
+    return run, annotator
 
 
 # ---------------------------------------------------------------------------------------- predictions
@@ -317,6 +344,10 @@ def _description(record: dict[str, Any]) -> list[str]:
         return ", ".join(texts) or "unknown"
 
     settings = {key: config[key] for key in ADAPTER_SETTINGS if key in config}
+    rounds = {}
+    if record.get("rounds"):
+        sizes = " ".join(str(done["new_rows"]) for done in record["rounds"])
+        rounds["rounds"] = f"{sizes} rows (carry {config.get('carry')}, replay {config.get('replay')})"
     parameters = {"trainable": 0, "all": 0, "trainable_percent": 0.0, **record["parameters"]}
     fields = {
         "date": record.get("created") or _now(),
@@ -324,6 +355,7 @@ def _description(record: dict[str, Any]) -> list[str]:
         "adapter": f"{config.get('adapter_name', 'unknown')} ({pairs(settings, '=')})",
         "dataset": config.get("dataset_name") or config.get("data_path") or "unknown",
         "rows": pairs(record.get("rows") or {}, " "),
+        **rounds,
         "trainable": "{trainable:,} of {all:,} parameters ({trainable_percent:.4g} %)".format(**parameters),
         "metrics": pairs(record["metrics"], " "),
     }
@@ -352,7 +384,9 @@ class RunFiles:
         self.model_outputs = self.results_dir / "model_outputs" / f"{run_name}.txt"
         self.human_evaluation = self.results_dir / "human_evaluation" / f"{run_name}.csv"
         self.predictions = self.results_dir / "predictions" / f"{run_name}.csv"
+        self.ood_predictions = self.results_dir / "predictions" / f"{run_name}{OOD_SUFFIX}"
         self.metrics = self.results_dir / "metrics" / f"{run_name}.json"
+        self.rounds = self.results_dir / "rounds" / f"{run_name}.csv"
         self.plots = self.results_dir / "plots" / run_name
         self.descriptions = self.results_dir / "model_descriptions"
 
@@ -361,21 +395,24 @@ class RunFiles:
 
         Scores that a person gave are never replaced, `overwrite` or not.
         """
-        files = [self.model_outputs, self.human_evaluation, self.predictions, self.metrics]
-        files += sorted(self.plots.glob("*"))
+        files = [self.model_outputs, self.human_evaluation, self.predictions, self.ood_predictions, self.metrics]
+        files += [self.rounds, *sorted(self.plots.glob("*"))]
         for path in files:
             if path.exists() and not overwrite:
                 raise InputError(f"{path} exists; choose another --run_name or pass --overwrite.")
-        if self.human_evaluation.exists():
-            scores = read_human_evaluation(self.human_evaluation)
-            if any(row.factual is not None or row.justifies is not None for row in scores):
-                raise InputError(
-                    f"{self.human_evaluation} holds scores a person gave; move it away, or choose another --run_name."
-                )
+        for path in self.judgements():
+            if any(row.factual is not None or row.justifies is not None for row in read_human_evaluation(path)):
+                raise InputError(f"{path} holds scores a person gave; move it away, or choose another --run_name.")
+
+    def judgements(self) -> list[Path]:
+        """The files of human evaluation of this run: RUN.csv, and RUN.ANNOTATOR.csv of each annotator."""
+        own, folder = self.human_evaluation, self.human_evaluation.parent
+        found = sorted(folder.glob(f"{self.run_name}.*csv")) if folder.is_dir() else []
+        return [path for path in found if path == own or run_and_annotator(path)[0] == self.run_name]
 
     def prepare(self) -> None:
         """Make the folders; `InputError` where one cannot be made or written to."""
-        files = [self.model_outputs, self.human_evaluation, self.predictions, self.metrics]
+        files = [self.model_outputs, self.human_evaluation, self.predictions, self.metrics, self.rounds]
         if self.descriptions.exists():  # found out now rather than after hours of training
             check_descriptions(self.descriptions)
         for folder in [*(file.parent for file in files), self.plots]:

@@ -1,4 +1,4 @@
-"""Figures of labels, numbers and texts, by scikit-learn and sacrebleu; both are imported where they are used."""
+"""Figures of labels and numbers, by scikit-learn, which is imported where it is used."""
 
 from __future__ import annotations
 
@@ -124,29 +124,4 @@ def regression_figures(expected: np.ndarray, predicted: np.ndarray, deviation: f
         "mse_standardised": mse / deviation**2,
         "rmse_standardised": math.sqrt(mse) / deviation,
         "mae_standardised": mae / deviation,
-    }
-
-
-def text_figures(outputs: Sequence[str], references: Sequence[str], log_p: np.ndarray, tokens: np.ndarray) -> dict:
-    """BLEU of the answers, and the perplexity of the expected ones.
-
-    Args:
-        outputs, references: N texts each.
-        log_p: (N,) log-likelihood of each expected answer behind its prompt, end-of-sequence included.
-        tokens: (N,) their numbers of tokens.
-
-    Returns:
-        `perplexity` exp(-sum log_p / sum tokens), over tokens of answers alone; `bleu` (corpus BLEU, 0 - 100; Post
-        2018) with sacrebleu's `bleu_signature`; `exact_match`.
-    """
-    from sacrebleu.metrics import BLEU
-
-    bleu = BLEU()
-    score = bleu.corpus_score(list(outputs), [list(references)]).score
-    same = [" ".join(a.split()) == " ".join(b.split()) for a, b in zip(outputs, references, strict=True)]
-    return {
-        "perplexity": float(np.exp(-log_p.sum() / tokens.sum())),
-        "bleu": float(score),
-        "bleu_signature": str(bleu.get_signature()),
-        "exact_match": float(np.mean(same)),
     }

@@ -12,8 +12,10 @@ from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bhpeft.adapters.bh_peft import kl_divergence, kl_gradient_norm, mean_sigma, nll_gradient_norm
+from bhpeft.adapters.carry import Anchor
 from bhpeft.adapters.posterior import posterior_noise
-from bhpeft.prediction import Answers, generate, label_log_likelihoods
+from bhpeft.mc_dropout import batch_seed, dropout_noise
+from bhpeft.prediction import Answers, generate, label_log_likelihoods, seeded
 from bhpeft.tasks.card import TaskCard
 
 
@@ -24,9 +26,13 @@ class AdapterTrainer(Trainer):
     """
 
     generation_config: GenerationConfig | None = None  # None: labels are scored and no text is generated
+    sampling_config: GenerationConfig | None = None  # beside it: texts are generated a second time, drawn
     kl_weight: float = 1.0
     posterior_samples: int = 0  # S > 0: rows to answer are scored under S weights drawn from the posterior as well
+    mc_dropout_samples: int = 0  # S > 0: the same under S masks of dropout
     card: TaskCard | None = None  # written beside the adapter
+    anchor: Anchor | None = None  # holds weights to those of the round before, by l2_weight / 2 |theta - theta_0|^2
+    l2_weight: float = 0.0
 
     def __init__(self, *args, with_head: bool = False, **kwargs):
         """Args:
@@ -42,30 +48,39 @@ class AdapterTrainer(Trainer):
         self._parts = 1  # of how many micro-steps a step's loss is the sum
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean NLL + kl_weight * KL / N, N training rows: one scalar, one backward pass.
+        """Mean NLL + kl_weight * KL / N + l2_weight / 2 |theta - theta_0|^2, N training rows: one scalar, one backward
+        pass; the last two where there are Gaussian weights, and an anchor.
 
         With `kl_weight` 1 this is the negative ELBO per row (Blundell et al. 2015, equation 8, spread over batches).
         """
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         kl = kl_divergence(self.model) if model.training else None
-        if kl is None:
+        anchor = self.anchor if model.training else None
+        if kl is None and anchor is None:
             return result
         nll, *outputs = result if return_outputs else (result,)
-        if nll.requires_grad:
-            nll.register_hook(self._note_scale)
-        share = self.kl_weight / len(self.train_dataset)
-        term = share * kl
         # Where the NLL is divided by the tokens of all micro-steps of a step, the Trainer sums over them.
         summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         self._parts = self.current_gradient_accumulation_steps if summed else 1
-        term = term / self._parts
         self._terms["nll"].append(nll.detach() * self._parts)
-        self._terms["kl"].append(kl.detach())
-        self._terms["kl_term"].append(term.detach())
-        self._terms["kl_grad_norm"].append(share * kl_gradient_norm(self.model))
-        self._terms["sigma"].append(mean_sigma(self.model))
-        loss = nll + term.to(nll)
+        loss = nll
+        if kl is not None:
+            if nll.requires_grad:
+                nll.register_hook(self._note_scale)
+            share = self.kl_weight / len(self.train_dataset)
+            loss = loss + self._add("kl", kl, share).to(nll)
+            self._terms["kl_grad_norm"].append(share * kl_gradient_norm(self.model))
+            self._terms["sigma"].append(mean_sigma(self.model))
+        if anchor is not None:
+            loss = loss + self._add("l2", anchor.distance_square(), self.l2_weight / 2).to(nll)
         return (loss, *outputs) if return_outputs else loss
+
+    def _add(self, name: str, value: torch.Tensor, weight: float) -> torch.Tensor:
+        """A term of the loss of one micro-step, once its value and its part of the loss are noted for the log."""
+        term = weight * value / self._parts
+        self._terms[name].append(value.detach())
+        self._terms[f"{name}_term"].append(term.detach())
+        return term
 
     def _note_scale(self, gradient: torch.Tensor) -> None:
         self._scale = gradient.detach()
@@ -84,7 +99,8 @@ class AdapterTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Beside the loss: NLL, KL (nats), its part of the loss, both gradients' norms by the Gaussian weights, and the
-        mean sigma; each the mean over the micro-steps since the last log."""
+        mean sigma; the squared distance to the anchor and its part; each the mean over the micro-steps since the last
+        log."""
         if "loss" in logs:
             for name, values in self._terms.items():
                 logs[name] = round(torch.stack(values).mean().item(), 6)
@@ -103,9 +119,12 @@ class AdapterTrainer(Trainer):
                 # Not through `model`, DeepSpeed's wrapper: it has no generate. The layers gather their shards.
                 prompts = inputs["input_ids"], inputs["attention_mask"]
                 outputs.append(generate(self.model, *prompts, self.generation_config))
+                if self.sampling_config is not None:
+                    with seeded(batch_seed(self.args.seed, index), index.device):
+                        outputs.append(generate(self.model, *prompts, self.sampling_config))
             outputs.append(self._scores(model, inputs))
-            if self.posterior_samples:
-                outputs.append(self._sampled_scores(model, inputs))
+            if self.posterior_samples or self.mc_dropout_samples:
+                outputs.append(self._sampled_scores(model, inputs, index))
         return None, tuple(outputs), None
 
     def _scores(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -114,10 +133,16 @@ class AdapterTrainer(Trainer):
             return model(**inputs).logits.float()
         return label_log_likelihoods(model, inputs["input_ids"], inputs["attention_mask"], inputs["label_ids"])
 
-    def _sampled_scores(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B, S, C) scores under S weights, in one pass; the weights are the same for every batch and rank."""
-        count = self.posterior_samples
-        with posterior_noise(self.model, count, seed=self.args.seed):
+    def _sampled_scores(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], index: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, S, C) scores in one pass, under S weights (the same for every batch and rank) or S masks of dropout."""
+        if count := self.posterior_samples:
+            noise = posterior_noise(self.model, count, seed=self.args.seed)
+        else:
+            count = self.mc_dropout_samples
+            noise = dropout_noise(self.model, batch_seed(self.args.seed, index))
+        with noise:
             repeated = {name: value.repeat(count, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
             return self._scores(model, repeated).unflatten(0, (count, -1)).transpose(0, 1).contiguous()
 
@@ -134,9 +159,10 @@ class AdapterTrainer(Trainer):
         if len(first) != len(rows):
             raise RuntimeError(f"{len(first)} of {len(rows)} test rows were answered")
         found = [part[first] for part in found]
-        samples = found.pop() if self.posterior_samples else None
+        samples = found.pop() if self.posterior_samples or self.mc_dropout_samples else None
         scores = found.pop()
-        return Answers(index[first], found[0] if found else None, scores, samples)
+        tokens, drawn = (*found, None, None)[:2]
+        return Answers(index[first], tokens, scores, samples, drawn)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as a PEFT folder. Every rank must call it.

@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bhpeft.scores import entropy, probabilities
+from bhpeft.scores import entropy
 
 FLOOR = 1e-300  # of a probability inside a logarithm
 TOLERANCE = 1e-3  # of probabilities and their sums: they may come from half precision
-TEMPERATURES = (1e-2, 1e2)  # the range that is searched
 BLOCK = 2**20  # cells of resamples held at a time
 
 
@@ -239,6 +238,14 @@ def kl_to_mean(p_s) -> np.ndarray:
     return np.maximum((mean * (_log(mean) - _log(p_s).mean(axis=0))).sum(axis=-1), 0)
 
 
+def max_prob_sd(p_s) -> np.ndarray:
+    """(N,): standard deviation over samples (divided by S - 1; 0 for one sample) of the probability of the label that
+    the mean prediction gives most. Args: (S, N, C) probabilities."""
+    p_s = _distributions(p_s, 3)
+    likeliest = p_s.mean(axis=0).argmax(axis=1)
+    return p_s[:, np.arange(p_s.shape[1]), likeliest].std(axis=0, ddof=min(1, len(p_s) - 1))
+
+
 def one_minus_max_prob(p) -> np.ndarray:
     """(N,): 1 minus the likeliest label's probability, of (N, C) probabilities (Hendrycks and Gimpel 2017, arXiv
     1610.02136)."""
@@ -254,6 +261,7 @@ def sample_measures(p_s) -> dict[str, np.ndarray]:
         "mutual_information": mutual_information(p_s),
         "variance": variance(p_s),
         "kl_to_mean": kl_to_mean(p_s),
+        "max_prob_sd": max_prob_sd(p_s),
     }
 
 
@@ -372,53 +380,6 @@ def selective_figures(uncertainty, correct, fractions: Sequence[float] = (), cou
     found = np.stack([_aurc(right, wrong), _auroc(right, wrong)], axis=-1)
     kept = np.array([kept_rows(rows, f) for f in fractions], dtype=int)
     return np.concatenate([found, _accuracy_of_kept(right, wrong, kept)], axis=-1)
-
-
-# -------------------------------------------------------------------------------- temperature scaling
-
-
-def _logits(logits) -> np.ndarray:
-    logits = np.asarray(logits)
-    if logits.ndim != 2 or not logits.size or logits.dtype.kind not in "biuf":
-        raise ValueError(f"logits must be (N, C) numbers, at least one; the shape is {logits.shape}")
-    if not np.isfinite(logits).all():
-        raise ValueError("logits hold NaN or infinities")
-    return logits.astype(float)
-
-
-def fit_temperature(logits, y) -> float:
-    """The temperature T that makes the mean NLL of softmax(logits / T) least (Guo et al. 2017, section 4.2).
-
-    The NLL is convex in 1 / T, so its derivative by 1 / T, mean(E_p[logits] - logits[y]), changes sign once: bisection
-    on log T finds where, in `TEMPERATURES`. An end of that range means that there is no least (every answer right, or
-    no better than chance); logits that are all equal leave it at 1. Fit on rows that are not the test rows.
-
-    Args:
-        logits: (N, C), or log-probabilities.
-        y: (N,) integers, the labels' places.
-    """
-    logits = _logits(logits)
-    at_label = logits[np.arange(len(logits)), _classes(y, *logits.shape)]
-
-    if not np.ptp(logits, axis=1).any():
-        return 1.0
-
-    def slope(temperature: float) -> float:
-        return float(((probabilities(logits / temperature) * logits).sum(axis=1) - at_label).mean())
-
-    low, high = (math.log(t) for t in TEMPERATURES)
-    middle = 0.0
-    for _ in range(60):
-        low, high = (middle, high) if slope(math.exp(middle)) > 0 else (low, middle)
-        middle = (low + high) / 2
-    return math.exp(middle)
-
-
-def apply_temperature(logits, temperature: float) -> np.ndarray:
-    """(N, C) probabilities softmax(logits / temperature), of (N, C) logits or log-probabilities."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"a temperature must be positive and finite; found {temperature}")
-    return probabilities(_logits(logits) / temperature)
 
 
 # ----------------------------------------------------------------------------------------- regression

@@ -408,6 +408,11 @@ def _save(canvas, path: Path) -> None:
 
 def draw_reliability(path: Path, predictions: Predictions, bins: int) -> None:
     """Accuracy over confidence with Wilson intervals of the bins of equal width, and how many rows these hold."""
+    _save(reliability_plot(predictions, bins), path)
+
+
+def reliability_plot(predictions: Predictions, bins: int):
+    """The matplotlib figure of `draw_reliability`."""
     canvas, ((upper,), (lower,)) = _figure(2, 1, 5.2, 2.9, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     upper.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":", label="calibrated")
     for scheme, style in zip(SCHEMES, STYLES, strict=False):
@@ -425,7 +430,7 @@ def draw_reliability(path: Path, predictions: Predictions, bins: int) -> None:
     upper.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="accuracy of the likeliest label", title=_title(predictions))
     upper.legend(loc="best", frameon=False)
     lower.set(xlabel="probability of the likeliest label", ylabel="rows")
-    _save(canvas, path)
+    return canvas
 
 
 def _title(predictions: Predictions) -> str:
@@ -443,11 +448,16 @@ def _draw_rejection(axes, lines: dict[str, list[Figure]], reject: Sequence[float
 
 def draw_rejection(path: Path, predictions: Predictions, curves: dict[str, list[Figure]], reject: Sequence[float]):
     """Accuracy over the share rejected, one line a measure, beside rejecting at random."""
+    _save(rejection_plot(predictions, curves, reject), path)
+
+
+def rejection_plot(predictions: Predictions, curves: dict[str, list[Figure]], reject: Sequence[float]):
+    """The matplotlib figure of `draw_rejection`."""
     canvas, ((axes,),) = _figure()
     axes.axhline(float(predictions.correct.mean()), color="0.4", linewidth=1, linestyle=":", label="at random")
     _draw_rejection(axes, curves, reject)
     axes.set_title(_title(predictions))
-    _save(canvas, path)
+    return canvas
 
 
 def draw_rejections(path: Path, runs: dict[str, dict[str, list[Figure]]], reject: Sequence[float]) -> None:
@@ -481,6 +491,11 @@ def draw_risk_coverage(path: Path, predictions: Predictions) -> None:
 
 def draw_intervals(path: Path, predictions: Predictions, curves: dict[str, list[Figure]]) -> None:
     """Share of rows inside central intervals over their level (Kuleshov et al. 2018, arXiv 1807.00263)."""
+    _save(intervals_plot(predictions, curves), path)
+
+
+def intervals_plot(predictions: Predictions, curves: dict[str, list[Figure]]):
+    """The matplotlib figure of `draw_intervals`."""
     canvas, ((axes,),) = _figure()
     axes.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":", label="calibrated")
     for i, (name, curve) in enumerate(curves.items()):
@@ -490,4 +505,4 @@ def draw_intervals(path: Path, predictions: Predictions, curves: dict[str, list[
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="level of the interval", ylabel="share of rows inside")
     axes.set_title(_title(predictions))
     axes.legend(loc="best", frameon=False)
-    _save(canvas, path)
+    return canvas

@@ -11,7 +11,8 @@ probabilities under sample s and H the entropy in nats:
     entropy              H(p), all uncertainty
     mutual information   H(p) - mean_s H(p_s), the part of it that is the weights' and not the text's
 
---posterior_samples 0 answers with the posterior mean of the weights, as the trainer's results/predictions/ do.
+--posterior_samples 0 answers with the posterior mean of the weights, as the trainer's results/predictions/ do. Where
+the adapter was trained with --fit_temperature, p_s = softmax(scores / T) with the temperature T of its card.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,14 +39,14 @@ from bhpeft.files import csv_line, write_rows  # noqa: E402
 from bhpeft.scores import entropy, probabilities  # noqa: E402
 
 if TYPE_CHECKING:  # torch and transformers are loaded once the flags are known to be right
-    from peft import PeftModel
     from transformers import PretrainedConfig
 
     from bhpeft.arguments import AdapterArguments
     from bhpeft.tasks.card import TaskCard
 
 PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
-ANSWER_COLUMNS = ("prediction", "max_prob", "entropy", "mutual_information", "max_prob_sd", "prediction_sd")
+ANSWER_COLUMNS = ("prediction", "max_prob", "entropy", "mutual_information", "max_prob_sd", "prediction_sd",
+                  "total_sd", "low_95", "high_95")  # fmt: skip
 SAMPLES = 10  # of the posterior, where nothing else is asked for and there is one
 
 
@@ -200,6 +202,7 @@ def answer(found: Trained, texts: Sequence[str], args: argparse.Namespace) -> di
     from bhpeft.adapters import attach_adapter, virtual_tokens
     from bhpeft.arguments import DataArguments
     from bhpeft.base_model import check_4bit, check_positions, load_base_model, load_tokenizer, load_with_head
+    from bhpeft.scoring import score
     from bhpeft.tasks import Example, Task
     from bhpeft.tasks.card import TaskCard
     from bhpeft.tasks.question import make_encoder
@@ -232,51 +235,14 @@ def answer(found: Trained, texts: Sequence[str], args: argparse.Namespace) -> di
     model = attach_adapter(base, found.arguments, found.base_name, found.head).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     scores = score(model, rows, tokenizer.pad_token_id, args.batch_size, found.samples, args.seed)
-    return label_columns(scores, card.labels) if task.labels else number_columns(encoder.standardiser.restore(scores))
-
-
-def score(
-    model: PeftModel, rows: Sequence[dict], pad_token_id: int, batch_size: int, samples: int = 0, seed: int = 0
-) -> np.ndarray:
-    """Scores of N texts under S weights, or under the weights as they are (S is 1 then).
-
-    Args:
-        rows: as of `test_rows` of an encoder.
-        batch_size: rows a forward pass, each sample counted.
-        samples: drawn from the posterior, the same for every batch; 0: none.
-
-    Returns:
-        (S, N, C) logits of the head, or log-likelihoods of the labels where rows have `label_ids`.
-    """
-    import torch
-
-    from bhpeft.adapters import posterior_noise, posterior_samples
-    from bhpeft.prediction import label_log_likelihoods
-    from bhpeft.tasks.encoding import Collator
-
-    collate, device = Collator(pad_token_id), next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)  # texts of like length
-    step = max(1, batch_size // max(samples, 1))
-    parts = []
-    for start in range(0, len(rows), step):
-        batch = collate([rows[i] for i in order[start : start + step]])
-        batch = {name: value.to(device) for name, value in batch.items() if name != "index"}
-        if "label_ids" in batch and samples:
-            repeated = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in batch.items()}
-            with posterior_noise(model, samples, seed):
-                found = label_log_likelihoods(model, **repeated).view(samples, -1, batch["label_ids"].shape[1])
-        elif "label_ids" in batch:
-            found = label_log_likelihoods(model, **batch)[None]
-        elif samples:
-            found = posterior_samples(model, batch, samples, seed)
-        else:
-            with torch.no_grad():
-                found = model(**batch).logits[None]
-        parts.append(found.float().cpu().numpy().astype(np.float64))
-    together = np.concatenate(parts, axis=1)
-    scores = np.empty_like(together)
-    scores[:, order] = together
-    return scores
+    if not task.labels:
+        return number_columns(encoder.standardiser.restore(scores), card.noise_sd)
+    if card.score_temperature is not None:
+        note = f"probabilities at temperature {card.score_temperature:.3f}, as the adapter's card says"
+        if card.score_temperature_samples != found.samples:
+            note += f" (fitted with {card.score_temperature_samples} samples of the weights, not {found.samples})"
+        print(note, file=sys.stderr)
+    return label_columns(scores / (card.score_temperature or 1.0), card.labels)
 
 
 def label_columns(scores: np.ndarray, labels: Sequence[str]) -> dict[str, list]:
@@ -302,18 +268,26 @@ def label_columns(scores: np.ndarray, labels: Sequence[str]) -> dict[str, list]:
     return {name: values.tolist() for name, values in columns.items()}
 
 
-def number_columns(values: np.ndarray) -> dict[str, list]:
+def number_columns(values: np.ndarray, noise_sd: float | None = None) -> dict[str, list]:
     """Numbers and their spread.
 
     Args:
         values: (S, N, 1) in the labels' own units, under S weights.
+        noise_sd: deviation of the labels' own noise, where the adapter's card knows it.
 
     Returns:
-        prediction, the mean over the weights, N values; where S is above 1 also prediction_sd.
+        prediction, the mean over the weights, N values; where S is above 1 also prediction_sd; with `noise_sd` also
+        total_sd and the Gaussian 95 % interval low_95 to high_95.
     """
-    columns = {"prediction": values[..., 0].mean(0).tolist()}
+    mean, spread = values[..., 0].mean(0), np.zeros(values.shape[1])
+    columns = {"prediction": mean.tolist()}
     if len(values) > 1:
         columns["prediction_sd"] = values[..., 0].std(0, ddof=1).tolist()
+        spread = values[..., 0].std(0)
+    if noise_sd is not None:
+        total = np.hypot(spread, noise_sd)
+        half = NormalDist().inv_cdf(0.975) * total
+        columns |= {"total_sd": total.tolist(), "low_95": (mean - half).tolist(), "high_95": (mean + half).tolist()}
     return columns
 
 
@@ -325,6 +299,8 @@ def describe(answers: dict[str, list], row: int, samples: int) -> str:
         lines = [("number", f"{at['prediction']:.6g}")]
         if "prediction_sd" in at:
             lines.append(("standard deviation", f"{at['prediction_sd']:.4g} {over}"))
+        if "low_95" in at:
+            lines.append(("95 % interval", f"{at['low_95']:.6g} to {at['high_95']:.6g}"))
     else:
         probable = {name.removeprefix("prob_"): p for name, p in at.items() if name.startswith("prob_")}
         ranked = sorted(probable, key=probable.get, reverse=True)

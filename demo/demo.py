@@ -21,6 +21,7 @@ import world  # noqa: E402 - found through the path above
 from bhpeft import environment  # noqa: E402
 from bhpeft.errors import InputError, nearest, run_main  # noqa: E402
 from bhpeft.files import write_rows  # noqa: E402
+from bhpeft.html_report import write_report  # noqa: E402
 from bhpeft.record import say  # noqa: E402
 from parameter_efficient_fine_tuning import main as run_trainer  # noqa: E402
 
@@ -59,6 +60,7 @@ def main() -> None:
     )
     if record is None:  # not the main process
         return
+    report, *_ = write_report(record["config"]["results_dir"])[0]
     before, after = record["metrics"].get("base"), record["metrics"]
     if before is None:  # --compare_base false
         return
@@ -69,6 +71,8 @@ def main() -> None:
         f"After:  {after['accuracy']:.0%} right; the first word alone would give {after['first_word_baseline']:.0%}.",
         f"{record['parameters']['trainable_percent']:.2f} % of the parameters were trained, in "
         f"{record['timings']['train']:.0f} s, over {record['hardware']['ranks']} rank(s).",
+        "",
+        f"All of it, with curves and samples, to be opened in a browser: {report}",
     )
 
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+TRAINER = "parameter_efficient_fine_tuning.py"
 PROGRESS = re.compile(r"\d+%\|.*(it/s|s/it|\?)")
 KINDS = ["cats", "dogs", "robins", "trout", "ants", "oaks", "frogs", "bees", "cows", "owls", "eels", "roses"]
 ACTS = ["swim in lakes", "fly", "sleep", "eat grass", "have six legs", "sing at dawn"]
@@ -146,8 +148,14 @@ def labelled(tmp_path) -> Path:
     return tmp_path / "labelled.csv"
 
 
-def run_command(words: list, cwd: Path = ROOT, timeout: int = 240, **environment) -> subprocess.CompletedProcess:
-    """Run a command with this Python's programs; a hang fails instead of stalling."""
+def run_command(
+    words: list, cwd: Path = ROOT, timeout: int = 240, real: bool = False, **environment
+) -> subprocess.CompletedProcess:
+    """Run a command with this Python's programs; a hang fails instead of stalling.
+
+    What would import torch afresh is forked from a process that has (see `forked.py`), unless it has to be `real`.
+    """
+    words = list(map(str, words))
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -155,9 +163,12 @@ def run_command(words: list, cwd: Path = ROOT, timeout: int = 240, **environment
         "OMP_NUM_THREADS": "1",
         **environment,
     }
-    finished = subprocess.run(
-        list(map(str, words)), cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False
-    )
+    if not real and forked.split(words):
+        finished = forked.run(words, cwd, timeout, environment)
+    else:
+        finished = subprocess.run(
+            words, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False
+        )
     # Progress bars would push what a failed run said out of sight.
     finished.stderr = "\n".join(line for line in finished.stderr.splitlines() if not PROGRESS.search(line))
     return finished
@@ -172,14 +183,14 @@ def train(tiny_model, statements, tmp_path):
     Returns the finished process; a failed one fails the test, with what it printed.
     """
 
-    def run(*flags, launcher: list | None = None, script: str = "parameter_efficient_fine_tuning.py", data=None):
+    def run(*flags, launcher: list | None = None, script: str = TRAINER, data=None, real: bool = False):
         own = ["--base_model", tiny_model, "--dataset_name", statements[0], "--test_file", statements[1]]
         words = [
             *(launcher or [sys.executable]), ROOT / script, *(data or own),
             "--results_dir", tmp_path / "results", "--output_dir", tmp_path / "adapter",
             "--max_length", 48, "--max_new_tokens", 12, "--logging_steps", 1, *flags,
         ]  # fmt: skip
-        finished = run_command(words, cwd=tmp_path)
+        finished = run_command(words, cwd=tmp_path, real=real)
         assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
         return finished
 

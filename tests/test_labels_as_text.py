@@ -16,11 +16,12 @@ from bhpeft.base_model import load_base_model
 from bhpeft.errors import InputError
 from bhpeft.prediction import decode_answers, greedy_config, label_log_likelihoods
 from bhpeft.results import read_metrics, read_model_outputs, read_predictions
-from bhpeft.scores import IRREGULAR, label_figures, probability_figures, read_label, regression_figures, text_figures
+from bhpeft.scores import IRREGULAR, label_figures, probability_figures, read_label, regression_figures
 from bhpeft.tasks import Example, load_task
 from bhpeft.tasks.encoding import Collator, Encoder
 from bhpeft.tasks.load import infer_task_type
 from bhpeft.tasks.templates import resolve_template
+from bhpeft.text_scores import text_figures
 
 LABELS = ("negative", "positive", "Sci/Tech")
 

@@ -12,6 +12,7 @@ from scipy.special import logsumexp
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
+from bhpeft import temperature
 from bhpeft import uncertainty as un
 
 
@@ -256,19 +257,19 @@ def test_temperature_as_scipy_minimises(scale, classes):
         return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(y)), y]).mean())
 
     best = optimize.minimize_scalar(loss, bounds=(-4, 4.6), method="bounded", options={"xatol": 1e-9})
-    found = un.fit_temperature(scale * logits, y)
+    found = temperature.fit_temperature(scale * logits, y)
     assert math.log(found) == pytest.approx(best.x, abs=1e-5)
     assert found == pytest.approx(scale, rel=0.15)  # the labels were drawn at temperature 1
-    assert un.nll(un.apply_temperature(scale * logits, found), y) == pytest.approx(best.fun)
-    assert un.fit_temperature(np.log(softmax(scale * logits)), y) == pytest.approx(found)  # a shift changes nothing
+    assert un.nll(temperature.apply_temperature(scale * logits, found), y) == pytest.approx(best.fun)
+    assert temperature.fit_temperature(np.log(softmax(scale * logits)), y) == pytest.approx(found)  # shifts do nothing
 
 
 def test_temperature_where_there_is_none():
-    low, high = un.TEMPERATURES
-    assert un.fit_temperature([[3.0, 0.0], [0.0, 1.0]], [0, 1]) == pytest.approx(low)  # all right
-    assert un.fit_temperature([[3.0, 0.0], [0.0, 1.0]], [1, 0]) == pytest.approx(high)  # all wrong
-    assert un.fit_temperature([[3000.0, 0.0], [0.0, 1000.0]], [0, 1]) == pytest.approx(low)
-    assert un.fit_temperature(np.zeros((3, 2)), [0, 1, 0]) == 1
+    low, high = temperature.TEMPERATURES
+    assert temperature.fit_temperature([[3.0, 0.0], [0.0, 1.0]], [0, 1]) == pytest.approx(low)  # all right
+    assert temperature.fit_temperature([[3.0, 0.0], [0.0, 1.0]], [1, 0]) == pytest.approx(high)  # all wrong
+    assert temperature.fit_temperature([[3000.0, 0.0], [0.0, 1000.0]], [0, 1]) == pytest.approx(low)
+    assert temperature.fit_temperature(np.zeros((3, 2)), [0, 1, 0]) == 1
 
 
 # ----------------------------------------------------------------------------------------- regression
@@ -376,9 +377,9 @@ P, Y = [[0.5, 0.5], [0.2, 0.8]], [0, 1]
         (lambda: un.accuracy_after_rejecting([0.1], [1], [-0.1]), "below 1"),
         (lambda: un.auroc(["a"], [1]), "numbers"),
         (lambda: un.selective_figures([1, 2], [1, 0], (), np.ones((3, 3))), "counts"),
-        (lambda: un.fit_temperature([[1.0, math.inf]], [0]), "NaN or infinities"),
-        (lambda: un.fit_temperature([1.0], [0]), r"\(N, C\)"),
-        (lambda: un.apply_temperature([[1.0, 2.0]], 0), "positive"),
+        (lambda: temperature.fit_temperature([[1.0, math.inf]], [0]), "NaN or infinities"),
+        (lambda: temperature.fit_temperature([1.0], [0]), r"\(N, C\)"),
+        (lambda: temperature.apply_temperature([[1.0, 2.0]], 0), "positive"),
         (lambda: un.interval_coverage([1], [1], [1], 1), "level"),
         (lambda: un.interval_coverage([1], [-1], [1], 0.5), "0 or more"),
         (lambda: un.crps_gaussian([1, 2], [1], [1]), "rows"),

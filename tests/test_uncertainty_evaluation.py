@@ -115,7 +115,7 @@ def test_figures_are_those_of_the_functions(evaluated):
             assert [float(row["value"]) for row in rows] == pytest.approx(found.tolist())
             assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
     measures = {row["measure"] for row in table(folder / "plots" / "four" / "uncertainty_figures.csv")} - {""}
-    assert measures == set(report.MEASURES) - {"max_prob_sd"}
+    assert measures == set(report.MEASURES)
 
 
 def test_intervals_are_bootstrapped(evaluated):
@@ -199,7 +199,8 @@ def test_measures_by_name(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = table(tmp_path / "o" / "uncertainty_figures.csv")
     assert [row["measure"] for row in rows if row["figure"] == "aurc"] == ["mine", "entropy"]
-    refused(run(tmp_path / "x.csv", "--uncertainty", "max_prob"), "no measure 'max_prob'", "'one_minus_max_prob'")
+    wrong = run(tmp_path / "x.csv", "--uncertainty", "one_minus_max")
+    refused(wrong, "no measure 'one_minus_max'", "'one_minus_max_prob'")
     refused(run(tmp_path / "x.csv", "--uncertainty", "label"), "no measure 'label'")
 
 

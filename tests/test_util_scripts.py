@@ -68,12 +68,13 @@ def test_the_seed_files_are_written_back_byte_for_byte(tmp_path):
 
 def test_explanations_of_the_seed_scores():
     done = run("explanation_evaluation", shared("seed_results/human_evaluation/model4.csv"))
-    assert done.stdout.splitlines()[1:] == [
+    assert done.stdout.splitlines()[1:5] == [
         "overall=0.9407114624505929 factual=0.8873517786561265 justifies=0.9940711462450593",
         "pos_overall=0.968421052631579 pos_factual=0.9368421052631579 pos_justifies=1.0",
         "neg_overall=0.9240506329113924 neg_factual=0.8575949367088608 neg_justifies=0.990506329113924",
         "judged=506 not_judged=0",
     ]
+    assert "factual_wilson_95=(0.8568, 0.9120)" in done.stdout.splitlines()[5]
 
 
 def test_analysis_of_the_generics(tmp_path):

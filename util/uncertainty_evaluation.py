@@ -1,6 +1,6 @@
 """What a model's uncertainty is worth: calibration, and whether the rows it is least sure of are those it gets wrong.
 
-python util/uncertainty_evaluation.py                           every file of results/predictions/
+python util/uncertainty_evaluation.py                           every run of results/predictions/
 python util/uncertainty_evaluation.py results/predictions/RUN.csv --ood results/predictions/OTHER.csv
 python util/uncertainty_evaluation.py a.csv b.csv --uncertainty entropy mutual_information --out_dir plots
 
@@ -14,7 +14,8 @@ percentile bootstrap over rows):
   AURC                   mean share of wrong answers over all coverages, the surest rows first; lower is better
   AUROC of errors        chance that a wrong answer is less sure than a right one; 0.5 says nothing
   accuracy without 10 %  of what is left once the least sure tenth is rejected
-  AUROC of out-of-domain rows    with --ood: chance that such a row is less sure than one of the file
+  AUROC of out-of-domain rows    with --ood, or where RUN.ood.csv lies beside RUN.csv (the trainer's
+                         --ood_dataset_name): chance that such a row is less sure than one of the file
 
 Rows of equal uncertainty count in random order, in expectation. Measures: one_minus_max_prob, entropy, and those of
 posterior samples that the file has (expected_entropy, mutual_information, variance, kl_to_mean, max_prob_sd); any
@@ -35,9 +36,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bhpeft import uncertainty_report as report
 from bhpeft.errors import InputError, run_main
 from bhpeft.files import input_files
+from bhpeft.results import OOD_SUFFIX
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LEVELS = [i / 20 for i in range(1, 20)]  # of the intervals that are drawn
+
+
+def ood_file(file: Path) -> Path:
+    """Where the trainer writes a run's answers to rows of another domain."""
+    return file.with_name(file.name.removesuffix(".csv") + OOD_SUFFIX)
 
 
 def write(predictions: report.Predictions, figures: list, curves: dict, folder: Path, args) -> list[str]:
@@ -92,6 +99,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--reject takes percents from 0 to below 100.")
     args.reject = [percent / 100 for percent in dict.fromkeys(args.reject)]
     files = input_files(args.files, args.results_dir / "predictions", ".csv")
+    named = set(map(Path, args.files))
+    outside = {ood_file(file) for file in files}  # of a folder's files these belong to their runs
+    files = [file for file in files if file in named or file not in outside]
     stems = [file.stem for file in files]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise InputError(f"two files are called {twice}; rename one, as what is written bears their names.")
@@ -99,9 +109,10 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--ood names {len(args.ood)} files for {len(files)}; give one for each, in their order.")
 
     everything = [report.read_uncertainty(file, args.uncertainty) for file in files]  # all, before anything is printed
+    beside = args.ood or [ood_file(file) if ood_file(file).is_file() else None for file in files]
     oods = [
-        report.read_measures(file, list(predictions.measures), bool(predictions.labels))
-        for file, predictions in zip(args.ood, everything, strict=False)
+        report.read_measures(file, list(predictions.measures), bool(predictions.labels)) if file else None
+        for file, predictions in zip(beside, everything, strict=True)
     ]
     parent = args.out_dir or args.results_dir / "plots"
     runs: dict[str, dict] = {}
@@ -112,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             runs[predictions.path.stem] = curves
         else:
             figures = report.number_uncertainty(predictions)
-        if oods:
+        if oods[i]:
             figures += report.ood_auroc(predictions.measures, oods[i])
         folder = args.out_dir if args.out_dir and len(files) == 1 else parent / predictions.path.stem
         written = write(predictions, figures, curves, folder, args)

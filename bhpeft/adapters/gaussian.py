@@ -108,6 +108,8 @@ class GaussianLinear(nn.Module):
         Returns:
             (B, ..., out); for a shared x (batch, ..., out) in training, (S, ..., out) with S samples, else (..., out).
         """
+        if self.eps is None and not torch.is_grad_enabled():  # the mean, and nothing is kept for a backward pass
+            return nn.functional.linear(x.to(self.mu.dtype), self.mu, self.bias)
         # Copies: autograd must not save the parameters themselves, whose storage ZeRO-3 frees after this forward.
         mu, g = self.mu.clone(), self.g.clone()
         sigma = g**2
@@ -172,5 +174,5 @@ class LowRank(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.down(self.dropout(x))
+        hidden = self.down(self.dropout(x) if self.training else x)
         return self.up(torch.relu(hidden) if self.relu else hidden) * self.scale

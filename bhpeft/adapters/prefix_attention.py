@@ -52,19 +52,21 @@ def _base_attention(module: nn.Module, name: str):
 def _attend(name: str):
     def attend(module, query, key, value, attention_mask, **kwargs):
         base = _base_attention(module, name)
-        output, weights = base(module, query, key, value, attention_mask, **kwargs)
         site = getattr(module, "bh_prefix", None)
         prefix = site(query.shape[0]) if site is not None else None
+        output, weights = None, None
+        if prefix is None or prefix[2] is not None:
+            output, weights = base(module, query, key, value, attention_mask, **kwargs)
         if prefix is None:
             return output, weights
         prefix_key, prefix_value, gate = prefix
         mask = widened_mask(module, query, key, attention_mask, prefix_key.shape[2], kwargs.get("is_causal"))
         keys = torch.cat([prefix_key.to(key.dtype), key], 2)
         values = torch.cat([prefix_value.to(value.dtype), value], 2)
-        both, _ = base(module, query, keys, values, mask, **kwargs)  # (B, L, heads, head width)
+        both, seen = base(module, query, keys, values, mask, **kwargs)  # (B, L, heads, head width)
         if gate is None:
-            return both, weights
-        return output + gate.to(output.dtype)[:, None] * (both - output), weights
+            return both, None if seen is None else seen[..., prefix_key.shape[2] :]
+        return torch.lerp(output, both, gate.to(output.dtype)[:, None]), weights
 
     return attend
 

@@ -10,6 +10,9 @@ parts in a dictionary by adapter name, as peft expects; one adapter is active at
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -27,9 +30,13 @@ class Site(nn.Module, BaseTunerLayer):
 
     def part(self) -> nn.Module | None:
         """What is active here, or None if the adapter is off."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return None
-        return next((self.bh_parts[name] for name in self.active_adapters if name in self.bh_parts), None)
+        active, parts = self._active_adapter, self.bh_parts._modules  # each site runs for each token: no detours
+        for name in (active,) if isinstance(active, str) else active:
+            if name in parts:
+                return parts[name]
+        return None
 
     def _no_merge(self, *args, **kwargs):
         raise NotImplementedError(
@@ -104,10 +111,13 @@ class PrefixSource(Site):
     def __init__(self):
         super().__init__()
         self.hidden: torch.Tensor | None = None
+        self.kept: dict[PrefixSite, tuple] | None = None  # each layer's prefix, where weights do not change meanwhile
 
     def before_backbone(self, args: tuple, kwargs: dict) -> None:
         """Compute the hidden prefix for the batch that the backbone is called with."""
         part = self.part()
+        if part is not None and self.kept and self.hidden is not None:
+            return
         tensors = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch = next(len(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
         self.hidden = None if part is None else part(batch)
@@ -141,5 +151,29 @@ class PrefixSite(Site):
 
     def forward(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
         """(rows, KV heads, P, head width) keys and values, and a gate a head or None; None if the adapter is off."""
-        part, hidden = self.part(), self._source[0].hidden
-        return None if part is None or hidden is None else part(hidden, rows)
+        part, source = self.part(), self._source[0]
+        if part is None or source.hidden is None:
+            return None
+        made = None if source.kept is None else source.kept.get(self)
+        if made is None or made[0].shape[0] != rows:
+            made = part(source.hidden, rows)
+            if source.kept is not None:
+                source.kept[self] = made
+        return made
+
+
+@contextlib.contextmanager
+def prefix_kept(model: nn.Module) -> Iterator[None]:
+    """Within the block each layer's prefix is computed once and used again.
+
+    It is for many forward passes with the same weights, or the same samples of them, and batches of one size: the
+    tokens of one answer. Not for training, nor under ZeRO-3, where every rank runs every module.
+    """
+    sources = [module for module in model.modules() if isinstance(module, PrefixSource)]
+    for source in sources:
+        source.kept = {}
+    try:
+        yield
+    finally:
+        for source in sources:
+            source.kept = None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bhpeft.results import ModelOutput
+from bhpeft.scores import entropy, probabilities
+from bhpeft.uncertainty import predictive_mean, sample_measures
 
 
 @dataclass
@@ -22,7 +24,10 @@ class Answered:
         generated: whether the texts were written by the model, or follow from the scores.
         tokens: (N,) lengths of the expected answers in tokens, where their likelihood is scored.
         mean, deviation: of the training rows' numbers, for regression.
-        samples: (N, S, C) the scores under S weights drawn from the posterior, where that was asked for.
+        samples: (N, S, C) the scores under S weights drawn from the posterior or S masks of dropout, where asked for.
+        temperature: what scores are divided by before they become probabilities of labels.
+        drawn: N texts sampled beside those of `outputs`, where that was asked for.
+        noise_sd: deviation of the labels' own noise, in their units, where it is known, for regression.
     """
 
     ids: Sequence[str]
@@ -33,3 +38,26 @@ class Answered:
     mean: float = 0.0
     deviation: float = 1.0
     samples: np.ndarray | None = None
+    temperature: float = 1.0
+    noise_sd: float | None = None
+    drawn: Sequence[str] | None = None
+
+    def probabilities(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(N, C) probabilities of the labels, and name -> (N,) `max_prob`, `entropy` (nats) and, where there are
+        samples, all of `sample_measures`.
+
+        softmax(scores / temperature); of samples the mean of softmax(sample / temperature).
+        """
+        if self.samples is None:
+            p, measures = probabilities(self.scores / self.temperature), {}
+        else:
+            p_s = probabilities(self.samples / self.temperature).transpose(1, 0, 2)  # (S, N, C)
+            p, measures = predictive_mean(p_s), sample_measures(p_s)
+        return p, {"max_prob": p.max(axis=1), "entropy": entropy(p)} | measures
+
+    def numbers(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) predictions of numbers, the mean of the samples where there are some, and (N,) the samples' population
+        deviation: the epistemic one, 0 without samples."""
+        if self.samples is None:
+            return self.scores[:, 0].astype(float), np.zeros(len(self.scores))
+        return self.samples[:, :, 0].mean(axis=1), self.samples[:, :, 0].std(axis=1)

@@ -9,16 +9,7 @@ import pandas as pd
 
 from bhpeft.report.answered import Answered
 from bhpeft.report.sureness import draw_sureness, how_sure
-from bhpeft.scores import (
-    IRREGULAR,
-    entropy,
-    irregular_texts,
-    label_figures,
-    probabilities,
-    probability_figures,
-    read_label,
-)
-from bhpeft.uncertainty import predictive_mean, sample_measures
+from bhpeft.scores import IRREGULAR, irregular_texts, label_figures, probability_figures, read_label
 
 ROWS = [
     ("accuracy", "accuracy"),
@@ -36,19 +27,16 @@ def predictions(answered: Answered, task) -> pd.DataFrame:
     """id, label, prediction, `prob_<label>`, `max_prob`, `entropy` (nats).
 
     The prediction is read off the generated text where there is one: it need not be the likeliest label. With
-    posterior samples the probabilities are their mean, and `sample_measures` are added: how far they disagree.
+    samples the probabilities are their mean, and `sample_measures` are added: how far they disagree.
     """
-    p, measures = probabilities(answered.scores), {}
-    if answered.samples is not None:
-        p_s = probabilities(answered.samples).transpose(1, 0, 2)  # (S, N, C)
-        p, measures = predictive_mean(p_s), sample_measures(p_s)
+    p, measures = answered.probabilities()
     likeliest = [task.labels[i] for i in p.argmax(axis=1)]
     texts = [row.output for row in answered.outputs]
     predicted = [read_label(text, task.labels) for text in texts] if answered.generated else likeliest
     table = pd.DataFrame({"id": answered.ids, "label": [o.expected for o in answered.outputs], "prediction": predicted})
     for column, label in enumerate(task.labels):
         table[f"prob_{label}"] = p[:, column]
-    return table.assign(max_prob=p.max(axis=1), entropy=entropy(p)).assign(**measures)
+    return table.assign(**measures)
 
 
 def figures(answered: Answered, table: pd.DataFrame, task) -> dict:

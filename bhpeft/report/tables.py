@@ -24,9 +24,12 @@ def figures_table(columns: dict[str, dict], rows: Sequence[tuple[str, str]]) -> 
     return "\n".join(lines)
 
 
-def _number(value: float | int | None) -> str:
+def _number(value: float | int | Sequence[float] | None) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
+    if isinstance(value, Sequence):  # an interval
+        digits = 3 if max(map(abs, value)) < 1 else 2
+        return " - ".join(f"{end:.{digits}f}" for end in value)
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 

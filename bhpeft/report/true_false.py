@@ -10,8 +10,7 @@ import pandas as pd
 from bhpeft.metrics import accuracy_counts, expected_truth, first_word_baseline, truth_of, wilson_interval
 from bhpeft.report.answered import Answered
 from bhpeft.report.sureness import draw_sureness, how_sure
-from bhpeft.scores import entropy, probabilities, probability_figures
-from bhpeft.uncertainty import predictive_mean, sample_measures
+from bhpeft.scores import probability_figures
 
 ROWS = [
     ("accuracy", "accuracy of the answers"),
@@ -27,20 +26,17 @@ def predictions(answered: Answered, task) -> pd.DataFrame:
     """id, label, prediction, then `prob_<label>` in lower case, `max_prob`, `entropy` (nats).
 
     The prediction is read off the generated text; the probabilities are those of the labels as the opening of an
-    answer, so they need not agree with it. With posterior samples they are their mean, and `sample_measures` are added.
+    answer, so they need not agree with it. With samples they are their mean, and `sample_measures` are added.
     """
     rows = zip(answered.ids, answered.outputs, strict=True)
     table = pd.DataFrame(
-        [(i, expected_truth(row.expected), truth_of(row.output)) for i, row in rows],
+        [(i, row.expected and expected_truth(row.expected), truth_of(row.output)) for i, row in rows],
         columns=["id", "label", "prediction"],
     )
-    p, measures = probabilities(answered.scores), {}
-    if answered.samples is not None:
-        p_s = probabilities(answered.samples).transpose(1, 0, 2)  # (S, N, C)
-        p, measures = predictive_mean(p_s), sample_measures(p_s)
+    p, measures = answered.probabilities()
     for column, label in enumerate(task.labels):
         table[f"prob_{label.lower()}"] = p[:, column]
-    return table.assign(max_prob=p.max(axis=1), entropy=entropy(p)).assign(**measures)
+    return table.assign(**measures)
 
 
 def figures(answered: Answered, table: pd.DataFrame, task) -> dict:

@@ -21,9 +21,14 @@ class TaskCard:
         task_type, labels: as of `Task`.
         head: whether the model answers by a head of its own.
         prompt_template, instruction, max_length, answer_end: how a text becomes a prompt, and where an answer ends.
+        later_template: text around every message but the first of a conversation, where there are conversations.
+        context_turns: most exchanges given as context; None for as many as fit.
         predict_by: "generate" or "score", where labels are text.
         target_mean, target_deviation: of the training rows' numbers, for regression.
         base_in_4bit: whether the frozen weights were quantised.
+        score_temperature: what scores are divided by before they become probabilities, where one was fitted.
+        score_temperature_samples: how many samples of the weights it was fitted with; 0: none.
+        noise_sd: standard deviation of the labels' own noise on the validation rows, for regression.
     """
 
     task_type: str
@@ -37,6 +42,11 @@ class TaskCard:
     target_mean: float | None = None
     target_deviation: float | None = None
     base_in_4bit: bool = False
+    later_template: str | None = None
+    context_turns: int | None = None
+    score_temperature: float | None = None
+    score_temperature_samples: int = 0
+    noise_sd: float | None = None
 
     def write(self, folder: str | Path) -> None:
         """Write the card into an adapter's folder, whole or not at all."""

@@ -1,4 +1,4 @@
-"""OpenAssistant conversations (oasst1): trees of messages -> pairs of a prompter's message and one reply to it.
+"""OpenAssistant conversations (oasst1): trees of messages -> a prompter's message, one reply, and what came before.
 
 Source: Köpf et al. 2023, "OpenAssistant Conversations", arXiv 2304.07327. The messages come nested in trees
 (`*.trees.jsonl.gz`), or as a list of messages that name their parents (`*.messages.jsonl.gz`, and the hub). Both
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,13 @@ class Message(NamedTuple):
     role: str
     row: dict[str, Any]
     where: str
+
+
+@dataclass(frozen=True)
+class Reply(Example):
+    """A reply: `query` is the message it answers, `history` the (message, reply) of the exchanges before, in order."""
+
+    history: tuple[tuple[str, str], ...] = ()
 
 
 class Pair(NamedTuple):
@@ -185,10 +193,24 @@ def _reason_to_drop(pair: tuple[Message, Message], language: str) -> str | None:
     return None
 
 
-def examples(rows: Iterable[Row], split: str, notes: list[str]) -> list[Example]:
-    """English pairs as examples: the prompter's message alone is the query, its tree the group.
+def exchanges(history: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The (message, reply) of turns, oldest first: those at the end that take turns and are not empty."""
+    turns = list(history)
+    found: list[tuple[str, str]] = []
+    while len(turns) > 1:
+        (first, message), (second, reply) = turns[-2:]
+        if (first, second) != ROLES or not (message and reply):
+            break
+        found.insert(0, (message, reply))
+        turns = turns[:-2]
+    return tuple(found)
+
+
+def examples(rows: Iterable[Row], split: str, notes: list[str]) -> list[Reply]:
+    """English pairs as examples: the prompter's message is the query, its tree the group, what came before the history.
 
     Raises:
         InputError: as `read_pairs`.
     """
-    return [Example(pair.id, pair.prompt, pair.reply, pair.tree) for pair in read_pairs(rows, f"oasst1 {split}", notes)]
+    pairs = read_pairs(rows, f"oasst1 {split}", notes)
+    return [Reply(pair.id, pair.prompt, pair.reply, pair.tree, (), exchanges(pair.history)) for pair in pairs]

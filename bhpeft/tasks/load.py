@@ -97,13 +97,17 @@ def load_task(
     else:
         train, test = hold_out(examples, arguments.test_fraction, seed)
 
-    task_type, found = _settle_task_type(arguments, source, train + test, notes)
-    labels = tuple(labels or arguments.labels or source.labels or found)
-    files = {"training": name, "test": arguments.test_file or name}
-    labels = _check_answers(files, task_type, labels, train, test, notes)
-
     validation: list[Example] = []
-    if with_validation:
+    if with_validation and arguments.validation_file:
+        train, validation = _read_validation(arguments, train, test, notes)
+
+    task_type, found = _settle_task_type(arguments, source, train + validation + test, notes)
+    labels = tuple(labels or arguments.labels or source.labels or found)
+    parts = {"training": train, "validation": validation, "test": test}
+    files = {"training": name, "validation": arguments.validation_file, "test": arguments.test_file or name}
+    labels = _check_answers(files, task_type, labels, parts, notes)
+
+    if with_validation and not arguments.validation_file:
         if arguments.validation_fraction == 0 or not train:
             raise InputError("--do_eval: there are no validation rows; train, with --validation_fraction above 0")
         train, validation = hold_out(train, arguments.validation_fraction, seed)
@@ -122,6 +126,27 @@ def load_task(
     if instruction is None and task_type == "classification":
         instruction = label_instruction(labels)
     return Task(name, train, validation, test, task_type, labels, instruction, notes)
+
+
+def _read_validation(
+    arguments, train: list[Example], test: list[Example], notes: list[str]
+) -> tuple[list[Example], list[Example]]:
+    """The training rows that do not stand in `--validation_file`, and its rows that do not stand in the test."""
+    file, columns = arguments.validation_file, (arguments.text_column, arguments.label_column)
+    rows = read_examples(file, *columns)
+    tested = {example.group for example in test}
+    validation = [example for example in rows if example.group not in tested]
+    if len(validation) < len(rows):
+        notes.append(f"{len(rows) - len(validation)} validation rows also stand in the test rows: not used")
+    validated = {example.group for example in validation}
+    kept = [example for example in train if example.group not in validated]
+    if len(kept) < len(train):
+        notes.append(f"{len(train) - len(kept)} training rows also stand in the validation rows: not trained on")
+    if not validation:
+        raise InputError(f"--validation_file {file}: every row is also a test row; give others")
+    if train and not kept:
+        raise InputError(f"--validation_file {file}: holds every training row; give others, so that some are left")
+    return kept, validation
 
 
 def _settle_task_type(
@@ -174,14 +199,13 @@ def _check_answers(
     files: dict[str, str],
     task_type: str,
     labels: tuple[str, ...],
-    train: list[Example],
-    test: list[Example],
+    parts: dict[str, list[Example]],
     notes: list[str],
 ) -> tuple[str, ...]:
     """The labels, once every answer is known to be one of them, or a number where numbers are wanted."""
     if task_type == "generation":
-        return answer_labels(train + test, notes)
-    for part, examples in (("training", train), ("test", test)):
+        return answer_labels([example for examples in parts.values() for example in examples], notes)
+    for part, examples in parts.items():
         for example in examples:
             if task_type == "multiple_choice" and (not example.choices or example.answer not in labels):
                 raise InputError(

@@ -6,6 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bhpeft.errors import InputError
 from bhpeft.tasks.card import TaskCard
+from bhpeft.tasks.conversation import DialogueEncoder, later_template
+from bhpeft.tasks.dialogue import Reply
 from bhpeft.tasks.encoding import Encoder
 from bhpeft.tasks.example import Task
 from bhpeft.tasks.head_encoding import HeadEncoder, Standardiser
@@ -28,7 +30,15 @@ def make_encoder(
         template = resolve_template(arguments.prompt_template, task.instruction, tokenizer)
         whole = task.task_type != "generation"
         length, long = arguments.max_length, arguments.long_prompts
-        return Encoder(tokenizer, template, length, long, task.labels, whole, arguments.answer_end)
+        shared = (tokenizer, template, length, long, task.labels, whole, arguments.answer_end)
+        if not any(isinstance(example, Reply) for example in task.test[:1]):
+            return Encoder(*shared)
+        card = TaskCard.read(adapter_path) if adapter_path else None
+        if card is not None and card.later_template and card.prompt_template == template:
+            later = card.later_template
+        else:
+            later = later_template(arguments.prompt_template, template, tokenizer)
+        return DialogueEncoder(*shared, later, arguments.context_turns)
     standardiser = None
     if task.task_type == "regression":
         standardiser = _standardiser(task, adapter_path)
@@ -69,4 +79,6 @@ def card_of(arguments, task: Task, encoder: Encoder | HeadEncoder, in_4bit: bool
         target_mean=standardiser.mean if standardiser else None,
         target_deviation=standardiser.deviation if standardiser else None,
         base_in_4bit=in_4bit,
+        later_template=getattr(encoder, "later", None),
+        context_turns=getattr(arguments, "context_turns", None),
     )

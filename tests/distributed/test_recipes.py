@@ -108,6 +108,7 @@ def test_every_recipe_of_a_source_project_is_tried_here():
         "generics_stories260k",
         "bh_peft_minilm_sst2",
         "lora_minilm_sst2",
+        "hybrid_stories260k_oasst1",
     }
     assert found - set(SOURCE_PROJECTS) <= small  # tried in test_demo.py and real_data/
 

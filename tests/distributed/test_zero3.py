@@ -25,7 +25,7 @@ def test_the_shipped_configuration_shards_and_offloads(train, tmp_path, monkeypa
     monkeypatch.setenv("INSPECT_OUT", str(tmp_path))
     finished = train(
         "--max_steps", 2, "--save_strategy", "no", "--do_predict", "false", "--max_train_samples", 16,
-        launcher=launcher(SHIPPED, 2), script="tests/distributed/inspect_sharding.py",
+        launcher=launcher(SHIPPED, 2), script="tests/distributed/inspect_sharding.py", real=True,
     )  # fmt: skip
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"rank{rank}.json").read_text())
@@ -111,7 +111,7 @@ def test_qlora_over_two_ranks_of_the_shipped_configuration(train, tmp_path, monk
 def test_two_ranks_without_deepspeed(train, tmp_path):
     plain = ["torchrun", "--nproc_per_node", 2, "--master_port", 0, "--rdzv_backend", "c10d",
              "--rdzv_endpoint", "localhost:0"]  # fmt: skip
-    train(*LEARNS, "--epochs", 8, "--batch_size", 8, "--run_name", "ddp", launcher=plain)
+    train(*LEARNS, "--epochs", 8, "--batch_size", 8, "--run_name", "ddp", launcher=plain, real=True)
     falling = losses(tmp_path / "results/metrics/ddp.json")
     assert falling[-1] < 0.7 * falling[0]
     assert read_metrics(tmp_path / "results/metrics/ddp.json")["hardware"]["ranks"] == 2
@@ -119,9 +119,8 @@ def test_two_ranks_without_deepspeed(train, tmp_path):
 
 
 def test_bad_input_stops_every_rank_with_one_line(tmp_path, tiny_model):
-
     words = [*launcher(SHIPPED, 2), ROOT / "parameter_efficient_fine_tuning.py", "--base_model", tiny_model]
-    finished = run_command([*words, "--dataset_name", "nowhere.csv"], cwd=tmp_path)
+    finished = run_command([*words, "--dataset_name", "nowhere.csv"], cwd=tmp_path, real=True)
     assert finished.returncode != 0
     assert finished.stderr.count("error: nowhere.csv: no such file") == 1
     assert not (tmp_path / "results").exists()

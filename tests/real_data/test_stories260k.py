@@ -40,15 +40,15 @@ def test_prompt_tuning_answers_generics_over_two_ranks(shared_data, tmp_path):
 
 def test_bh_peft_on_4bit_weights_trains_saves_reloads_and_answers_over_two_ranks(shared_data, tmp_path):
     flags = ["--adapter_name", "bh-peft", "--load_in_4bit", "--prefix_length", 8, "--bn_reduction_factor", 8]
-    flags += ["--max_test_samples", 32]
-    learns = ["--kl_weight", 0.01, "--lr", 1e-2, "--data_fraction", 0.05, "--epochs", 3, "--compare_base"]
+    flags += ["--max_test_samples", 32, "--max_new_tokens", 8]
+    learns = ["--kl_weight", 0.01, "--lr", 1e-2, "--data_fraction", 0.05, "--epochs", 2, "--compare_base"]
     record = answer(shared_data, tmp_path, *flags, *learns)
     assert record["metrics"]["accuracy"] >= 0.8 > record["metrics"]["base"]["accuracy"]
     assert record["config"]["load_in_4bit"] and record["hardware"]["ranks"] == 2
     # Its folder says that the base was in 4 bit, and what was asked.
     adapter = tmp_path / "adapters/run"
     flags = ["--adapter_path", adapter, "--do_train", "false", "--run_name", "again", "--data_fraction", 0.02,
-             "--max_test_samples", 32]  # fmt: skip
+             "--max_test_samples", 32, "--max_new_tokens", 8]  # fmt: skip
     again = answer(shared_data, tmp_path, *flags, name="again")
     assert again["config"]["load_in_4bit"] and again["metrics"]["accuracy"] >= 0.8
 

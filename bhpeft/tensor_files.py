@@ -1,0 +1,102 @@
+"""Tensors of safetensors files as NumPy arrays, bfloat16 included, mapped and not read where that is not asked for.
+
+The format: eight bytes with the length of a JSON header, the header (name -> dtype, shape, data_offsets), the data.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bhpeft.errors import InputError
+from bhpeft.files import read_text
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "I8": "i1"}
+MOST_HEADER = 100_000_000  # bytes, as the format allows
+
+
+class TensorFile:
+    """One file; `file[name]` is a tensor, floats of 16 bits as float32.
+
+    Raises:
+        InputError: no such file, or none of that format.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= MOST_HEADER:
+                    raise ValueError("its header has no length")
+                header = json.loads(file.read(length))
+            size = self.path.stat().st_size
+            self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            self._start = 8 + length
+            if max((entry["data_offsets"][1] for entry in self._entries.values()), default=0) + self._start > size:
+                raise ValueError("it is cut short")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror}); check the folder.") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.path}: no whole safetensors file ({error}); save it again.") from None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> list[int]:
+        return self._entries[name]["shape"]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{self.path}: {name} has the dtype {entry['dtype']}, which is not read here.")
+        dtype, (first, last) = np.dtype(DTYPES[entry["dtype"]]), entry["data_offsets"]
+        if first == last:
+            return np.zeros(entry["shape"], dtype=np.float32)
+        offset = self._start + first
+        data = np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=((last - first) // dtype.itemsize,))
+        values = data.reshape(entry["shape"])
+        if entry["dtype"] == "BF16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32) if entry["dtype"] == "F16" else values
+
+
+class TensorFolder:
+    """A model's folder: model.safetensors, or the parts its index names.
+
+    Raises:
+        InputError: the folder holds neither.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                self._parts = dict(json.loads(read_text(index))["weight_map"])
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                raise InputError(f"{index}: no index of parts; fetch the model again.") from None
+        elif (self.folder / "model.safetensors").is_file():
+            self._parts = dict.fromkeys(TensorFile(self.folder / "model.safetensors").names, "model.safetensors")
+        else:
+            raise InputError(f"{folder}: no model.safetensors in it (pickled weights are not read here).")
+        self._files: dict[str, TensorFile] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def _file(self, name: str) -> TensorFile:
+        part = self._parts[name]
+        if part not in self._files:
+            self._files[part] = TensorFile(self.folder / part)
+        return self._files[part]
+
+    def shape(self, name: str) -> list[int]:
+        return self._file(name).shape(name)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file(name)[name]
