@@ -50,7 +50,8 @@ EPOCHS = {1000: 20}  # by rows; other numbers: as many steps as 1,000 rows make,
 LORA = {"adapter_name": "lora", "lora_rank": 8, "learning_rate": 1e-3}
 BH_PEFT = {
     "adapter_name": "bh-peft", "learning_rate": 2e-3, "prefix_length": 10, "prefix_bottleneck_size": 2,
-    "lora_rank": 4, "lora_alpha": 16, "bn_reduction_factor": 32, "adapter_scaling": 1, "kl_weight": 0.01,
+    "lora_rank": 4, "lora_alpha": 16, "bn_reduction_factor": 32, "adapter_scaling": 1,
+    "kl_weight": 0.1,  # of 1, 0.1 and 0.01 the best on whole sentences of the training data (seed 0)
 }  # fmt: skip
 POSTERIOR = {"posterior_samples": SAMPLES}
 TEMPERATURE = {"fit_temperature": True}
@@ -63,13 +64,13 @@ SETTINGS = {
     "ensemble": {"train": LORA, "members": 5},
     "training-free": {"train": LORA, "training_free": True, "test": POSTERIOR},
     "blob": {
-        "train": {"adapter_name": "bayesian-lora", "lora_rank": 8, "learning_rate": 2e-3, "kl_weight": 0.01},
+        "train": {"adapter_name": "bayesian-lora", "lora_rank": 8, "learning_rate": 2e-3, "kl_weight": 0.1},
         "test": POSTERIOR,
     },
     "bh-peft": {"train": BH_PEFT, "test": POSTERIOR},
     "bh-peft+temperature": {"train": BH_PEFT, "test": {**POSTERIOR, **TEMPERATURE}},
     "bh-peft-all": {"train": {**BH_PEFT, "bayesian": "all"}, "test": POSTERIOR},
-    "bh-peft-kl-0.1": {"train": {**BH_PEFT, "kl_weight": 0.1}, "test": POSTERIOR},
+    "bh-peft-kl-0.01": {"train": {**BH_PEFT, "kl_weight": 0.01}, "test": POSTERIOR},
     "bh-peft-kl-1": {"train": {**BH_PEFT, "kl_weight": 1}, "test": POSTERIOR},
 }
 SMOKE = {"train_rows": 48, "validation_rows": 24, "test_rows": 32, "max_steps": 4}

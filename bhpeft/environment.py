@@ -9,7 +9,9 @@ import platform
 import resource
 import shutil
 import sys
+import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,6 +130,21 @@ def check_compiler(training: TrainingArguments) -> None:
             f"{' and '.join(missing)} not found: DeepSpeed compiles its CPU optimizer with them at first use; "
             "install them (Debian: apt-get install g++ ninja-build), or set offload_optimizer_device: none"
         )
+    for lock in stale_locks():
+        raise InputError(f"{lock}: left by a compile of DeepSpeed's that was killed; every run waits for it: delete it")
+
+
+def stale_locks(older: float = 3600.0) -> list[Path]:
+    """Locks in torch's folder of compiled extensions that are older than any compile takes (seconds).
+
+    torch waits for such a file to vanish, without a word and without end, and nothing removes it when the process that
+    made it is killed.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    now = time.time()
+    return sorted(lock for lock in root.glob("**/lock") if now - lock.stat().st_mtime > older)
 
 
 def library_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The chat in a browser, with Gradio (pip install 'bhpeft[web]'): streaming, stop, side by side, shades.
+"""The chat in a browser, with Gradio (pip install -r requirements-web.txt): streaming, stop, side by side, shades.
 
 Under each token of an adapter with Gaussian weights lies a shade by its uncertainty (token_uncertainty.py), drawn once
 the answer is complete. The shade's opacity is on a scale that is the same for all answers:

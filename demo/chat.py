@@ -4,8 +4,8 @@
     python demo/chat.py --base_only --base_model HUB_ID_OR_FOLDER
 
 The conversation so far is given to the model as far as it has positions. Ctrl-C stops an answer, and at the prompt ends
-the program. --web opens the same in a browser, on this machine alone (pip install 'bhpeft[web]'); for an adapter with
-Gaussian weights it shades each token by how unsure the weights are of it.
+the program. --web opens the same in a browser, on this machine alone (pip install -r requirements-web.txt); for an
+adapter with Gaussian weights it shades each token by how unsure the weights are of it.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Talk until the person leaves."""
     args = parse_arguments(argv)
     if args.web and importlib.util.find_spec("gradio") is None:
-        raise InputError("--web: Gradio is not installed; pip install 'bhpeft[web]', or leave --web out")
+        raise InputError("--web: Gradio is not installed; pip install -r requirements-web.txt, or leave --web out")
     from bhpeft.chat_setup import ChatArguments, open_chat
 
     names = ("adapter_path", "base_model", "base_only", "load_in_4bit", "allow_full_precision", "prompt_template",

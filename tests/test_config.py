@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from bhpeft import environment
@@ -171,3 +175,17 @@ def test_a_flag_beats_what_an_adapter_was_trained_for(tmp_path):
     assert (run.data.predict_by, run.data.max_length, run.data.prompt_template) == ("generate", 64, "X {text_input}")
     with pytest.raises(InputError, match="was trained for classification"):
         adopt_task(parse_arguments([*adapter, "--task_type", "regression"]))
+
+
+def test_a_lock_left_by_a_killed_compile_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name, age in (("fresh", 60), ("old", 7200)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        os.utime(tmp_path / name / "lock", (time.time() - age,) * 2)
+    zero = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    training = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=zero), do_train=True)
+    with pytest.raises(InputError, match="old/lock: left by a compile"):
+        environment.check_compiler(training)
+    (tmp_path / "old/lock").unlink()
+    environment.check_compiler(training)

@@ -1,7 +1,7 @@
 """The chat in a real browser: types, sees the answer stream, stops it, resets, and looks at the shades.
 
-Needs Gradio (pip install 'bhpeft[web]'), Playwright for Python (pip install playwright) and Chromium (Debian: apt-get
-install chromium; or CHROMIUM=/path/to/it); skipped, with what is missing, where one is absent.
+Needs Gradio (pip install -r requirements-web.txt), Playwright for Python (pip install playwright) and Chromium
+(Debian: apt-get install chromium; or CHROMIUM=/path/to/it); skipped, with what is missing, where one is absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 import pytest
 from conftest import ROOT
 
-pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'bhpeft[web]'")
+pytest.importorskip("gradio", reason="Gradio is not installed: pip install -r requirements-web.txt")
 
 import torch  # noqa: E402
 from test_chat import adapted, chat_of, endless, saved  # noqa: E402, F401 - fixtures
