@@ -12,7 +12,8 @@ choose SETTINGS by.
 Prints means +- sample deviations over seeds, and differences to "map" with 95 % intervals (Student's t over seeds of
 the paired differences; seeds differ in rows and weights, the test rows are the same). Writes every run's figures to
 results/benchmarks/uncertainty_ROWS.json as it ends, and a plot beside it. Runs that are in that file already, with the
-same settings, are not repeated (--again repeats them). --work_folder keeps adapters and slices, to go on with later.
+same settings, are not repeated (--again repeats them). A run takes the place of that of its method and seed on the same
+base and rows alone; all others stay. --work_folder keeps adapters and slices, to go on with later.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ COMMON = {
     "max_length": 128, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "per_device_train_batch_size": 32,
     "train_sampling_strategy": "group_by_length", "save_strategy": "no", "logging_steps": 200,
 }  # fmt: skip
-EPOCHS = {1000: 20}  # by rows; other numbers: as many steps as 1,000 rows make, but at most 20 epochs and at least 1
+EPOCHS = {1000: 20}  # by rows; others: see `epochs_of`
 LORA = {"adapter_name": "lora", "lora_rank": 8, "learning_rate": 1e-3}
 BH_PEFT = {
     "adapter_name": "bh-peft", "learning_rate": 2e-3, "prefix_length": 10, "prefix_bottleneck_size": 2,
@@ -74,6 +75,13 @@ SETTINGS = {
     "bh-peft-kl-1": {"train": {**BH_PEFT, "kl_weight": 1}, "test": POSTERIOR},
 }
 SMOKE = {"train_rows": 48, "validation_rows": 24, "test_rows": 32, "max_steps": 4}
+
+
+def epochs_of(train_rows: int | None) -> float:
+    """Epochs by `EPOCHS`; of other numbers of rows as many steps as 1,000 rows make, but at most 20 epochs and at least
+    1. None: all rows."""
+    rows = train_rows or 60_000
+    return EPOCHS.get(rows, max(1, min(20, 20_000 / rows)))
 
 
 class Bench:
@@ -115,8 +123,7 @@ class Bench:
         """An adapter trained with these settings on the rows of `data_seed`: its folder, and seconds of training."""
         flags = self.flags
         slices = self.slices(data_seed)
-        rows = flags.train_rows or 60_000
-        settings = {"num_train_epochs": EPOCHS.get(rows, max(1, min(20, 20_000 / rows))), **settings}
+        settings = {"num_train_epochs": epochs_of(flags.train_rows), **settings}
         if flags.smoke:
             settings |= {"max_steps": SMOKE["max_steps"]}
         key = json.dumps([settings, COMMON, slices.name, seed, str(flags.base_model)], sort_keys=True)
@@ -216,38 +223,51 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return flags
 
 
+def slice_of(flags: argparse.Namespace) -> dict:
+    """The base and the rows that a run is of, by their folders' names; runs of different ones stand side by side."""
+    ood = flags.ood_data_path
+    return {
+        "train_rows": flags.train_rows, "validation_rows": flags.validation_rows, "validation": flags.validation,
+        "reported_on": "validation" if flags.tune_on_validation else "dev", "smoke": flags.smoke,
+        "base_model": Path(flags.base_model).name, "data": flags.data_path.resolve().name,
+        "ood_data": None if ood is None else ood.resolve().name,
+    }  # fmt: skip
+
+
+def settings_of(method: str, flags: argparse.Namespace) -> dict:
+    """All that a method's figures depend on beside its slice and seed, as JSON gives it back."""
+    common = {**COMMON, "num_train_epochs": epochs_of(flags.train_rows), "samples": SAMPLES}
+    return json.loads(json.dumps({"settings": SETTINGS[method], "common": common}))
+
+
+def holds(run: dict, wanted: dict) -> bool:
+    """Whether a run of the file has all these values."""
+    return all(name in run and run[name] == value for name, value in wanted.items())
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run what is missing; return the record that is written."""
     flags = parse_arguments(argv)
     methods, seeds = flags.methods.split(","), [int(seed) for seed in flags.seeds.split(",")]
-    slice_of = {
-        "train_rows": flags.train_rows, "validation_rows": flags.validation_rows, "validation": flags.validation,
-        "reported_on": "validation" if flags.tune_on_validation else "dev", "smoke": flags.smoke,
-        "base_model": Path(flags.base_model).name,
-    }  # fmt: skip
-    record: dict = {"runs": []}
-    if flags.out.is_file() and not flags.again:
-        record = json.loads(flags.out.read_text())
-    runs = record["runs"]
-
-    def same(run: dict, method: str, seed: int) -> bool:
-        wanted = {"method": method, "seed": seed, "settings": json.loads(json.dumps(SETTINGS[method])), **slice_of}
-        return all(run.get(key) == value for key, value in wanted.items())
+    record: dict = json.loads(flags.out.read_text()) if flags.out.is_file() else {"runs": []}
+    runs, rows = record["runs"], slice_of(flags)
 
     with contextlib.ExitStack() as stack:
         folder = flags.work_folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bench = Bench(flags, folder)
         for seed in seeds:
             for method in methods:
-                if any(same(run, method, seed) for run in runs):
+                place = {"method": method, "seed": seed, **rows}
+                wanted = {**place, **settings_of(method, flags)}
+                if not flags.again and any(holds(run, wanted) for run in runs):
                     continue
                 print(f"{method}, seed {seed} ...", file=sys.stderr, flush=True)
                 found = bench.run(method, seed)
-                runs[:] = [run for run in runs if (run["method"], run["seed"]) != (method, seed)]
-                runs.append({"method": method, "seed": seed, **slice_of, "settings": SETTINGS[method], **found})
+                runs[:] = [run for run in runs if not holds(run, place)]
+                runs.append({**wanted, **found})
                 record = {"runs": runs, "versions": library_versions(), "hardware": hardware()}
                 write_atomic(flags.out, json.dumps(record, indent=1) + "\n")
-    shown = [run for run in runs if run["method"] in SETTINGS and same(run, run["method"], run["seed"])]
+    shown = [run for run in runs if run["method"] in SETTINGS and holds(run, rows | settings_of(run["method"], flags))]
     print("\n" + tables(shown, list(SETTINGS)))
     draw(flags.out.with_suffix(".png"), shown, list(SETTINGS))
     print(f"\nwritten: {flags.out}, {flags.out.with_suffix('.png')}")

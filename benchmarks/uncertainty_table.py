@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +65,13 @@ def value_of(run: dict, name: str) -> float:
 
 
 def t_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of a mean over seeds; NaN for fewer than two values."""
+    """Student's t interval of a mean over seeds; NaN for fewer than two values, or where one is NaN."""
     from scipy.stats import t
 
-    if len(values) < 2:
+    if len(values) < 2 or np.isnan(values).any():
         return math.nan, math.nan
-    mean = statistics.mean(values)
-    half = t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = float(np.mean(values))
+    half = float(t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean - half, mean + half
 
 
@@ -102,8 +101,8 @@ def tables(runs: list[dict], order: list[str]) -> str:
         cells = [method, str(len(group))]
         for name, _, digits, _ in COLUMNS:
             values = [value_of(run, name) for run in group.values()]
-            spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            mean = statistics.mean(values)
+            spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+            mean = np.mean(values)
             cells.append("-" if math.isnan(mean) else f"{mean:.{digits}f}{spread}")
         lines.append(cells)
     text = _rows("Mean +- sample deviation over seeds:", lines)
@@ -117,7 +116,7 @@ def tables(runs: list[dict], order: list[str]) -> str:
         for name, _, digits, _ in COLUMNS:
             values = [value_of(group[seed], name) - value_of(base[seed], name) for seed in shared]
             low, high = t_interval(values)
-            mean = statistics.mean(values)
+            mean = np.mean(values)
             ends = "" if math.isnan(low) else f" ({low:+.{digits}f} to {high:+.{digits}f})"
             cells.append("-" if math.isnan(mean) else f"{mean:+.{digits}f}{ends}")
         lines.append(cells)
@@ -143,7 +142,7 @@ def draw(path: Path, runs: list[dict], order: list[str]) -> None:
             if not math.isnan(low):
                 axes.plot([low, high], [place, place], color=color, linewidth=1.2)
             axes.plot(values, [place] * len(values), "|", color="0.45", markersize=7)
-            axes.plot([statistics.mean(values)], [place], "s" if own else "o", color=color, markersize=5)
+            axes.plot([np.mean(values)], [place], "s" if own else "o", color=color, markersize=5)
         axes.set_title(f"{heading} ({'lower' if lower else 'higher'} is better)", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(axis="x", color="0.9")

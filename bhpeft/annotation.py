@@ -113,6 +113,7 @@ class Session:
         item, question = self._now.item, self._now.question
         run, row = self._order[item]
         scores = self._runs[run].scores
+        _take_over(self._runs[run])
         scores[row] = replace(scores[row], **{QUESTIONS[question]: int(yes)})
         write_human_evaluation(self._runs[run].path, scores)
         self._past.append(self._now)
@@ -167,6 +168,14 @@ class Session:
             if item not in self._skipped and not self._complete(item):
                 return Place(item, 0 if self._score(item).factual is None else 1)
         return None
+
+
+def _take_over(run: _Run) -> None:
+    """Judgements that another session of the same annotator has written meanwhile; those at hand stay."""
+    for known in read_human_evaluation(run.path) if run.path.exists() else []:
+        here = run.scores[known.index]
+        found = {name: getattr(known, name) for name in QUESTIONS if getattr(here, name) is None}
+        run.scores[known.index] = replace(here, **found)
 
 
 def _load(outputs: Path, annotator: str, folder: str | Path | None) -> _Run:

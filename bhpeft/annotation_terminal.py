@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from bhpeft.annotation import KEYS, Session
 
@@ -15,7 +17,7 @@ QUIT = ("q", "\x03", "\x04", "")  # Ctrl-C and Ctrl-D, as keys; the end of the i
 
 def printable(text: str) -> str:
     """A model's text without what a terminal would obey: control characters are shown as escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def annotate(session: Session, read_key: Callable[[], str] | None = None) -> None:
@@ -24,7 +26,11 @@ def annotate(session: Session, read_key: Callable[[], str] | None = None) -> Non
     Args:
         read_key: gives one key, "" at the end of the input (default: from the terminal, or a line of standard input).
     """
-    read_key = read_key or _read_key
+    with _single_keys():
+        _ask(session, read_key or _read_key)
+
+
+def _ask(session: Session, read_key: Callable[[], str]) -> None:
     while session.place is not None:
         _show(session)
         key = read_key().lower()
@@ -59,17 +65,29 @@ def _read_key() -> str:
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.strip()[:1] or ("" if not line else "\n")
-    try:
-        import termios
-        import tty
-    except ImportError:  # no POSIX terminal
+    if os.name == "nt":
         import msvcrt
 
         return msvcrt.getwch()
+    return sys.stdin.read(1)
+
+
+@contextlib.contextmanager
+def _single_keys() -> Iterator[None]:
+    """The terminal gives every key at once, for the length of the block, Ctrl-C as a key too; elsewhere nothing.
+
+    For all of a session: a key pressed between two questions would be lost, or a Ctrl-C taken for a signal.
+    """
+    if os.name == "nt" or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
     handle = sys.stdin.fileno()
-    before = termios.tcgetattr(handle)
+    before, now = termios.tcgetattr(handle), termios.tcgetattr(handle)
+    now[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG)
+    termios.tcsetattr(handle, termios.TCSADRAIN, now)
     try:
-        tty.setraw(handle, termios.TCSADRAIN)
-        return sys.stdin.read(1)
+        yield
     finally:
         termios.tcsetattr(handle, termios.TCSADRAIN, before)

@@ -10,18 +10,20 @@ Both are written into the adapter's card, so that testing and using it apply the
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from bhpeft import environment
 from bhpeft.config import Run
 from bhpeft.errors import InputError
+from bhpeft.prediction import scored_texts
 from bhpeft.record import say
 from bhpeft.report import report_for
 from bhpeft.report.answered import Answered
 from bhpeft.tasks import Task
 from bhpeft.tasks.card import TaskCard
-from bhpeft.temperature import fit_sample_temperature, fit_temperature
+from bhpeft.temperature import at_an_end, fit_sample_temperature, fit_temperature
 from bhpeft.uncertainty import nll
 
 FLOOR = 0.01  # of the noise, in deviations of the training labels: samples may vary more than the residuals do
@@ -64,18 +66,19 @@ def label_noise(answered: Answered) -> float:
 def calibrate(run: Run, task: Task, answered: dict[str, Answered], card: TaskCard) -> None:
     """Fit on the answers "validation", apply to all answers but the base's, say so, and keep it in the card.
 
+    A temperature that runs to an end of what is searched (every row right, say) has not been fitted: it stays 1.
     Without a fit an adapter that is only tested keeps what its own card says. Every rank may call it; rank 0 writes.
 
     Args:
-        answered: answers by name; those of the adapter get their temperature and noise.
+        answered: answers by name; those of the adapter get their temperature and noise, and texts that agree with them.
         card: of this run; written again into the adapter's folder where the run trains it.
     """
     validation = answered.get("validation")
     samples = run.data.posterior_samples or run.data.mc_dropout_samples
     if validation is not None and run.data.fit_temperature:
-        temperature = fitted_temperature(validation, task)
+        fitted = fitted_temperature(validation, task)
         before, *_ = label_nll(validation, task)
-        card.score_temperature, card.score_temperature_samples = temperature, samples
+        card.score_temperature, card.score_temperature_samples = 1.0 if at_an_end(fitted) else fitted, samples
     if validation is not None and task.task_type == "regression":
         card.noise_sd = label_noise(validation)
     if run.training.do_train:
@@ -87,10 +90,17 @@ def calibrate(run: Run, task: Task, answered: dict[str, Answered], card: TaskCar
     for name, part in answered.items():
         if name != "base":
             part.temperature, part.noise_sd = card.score_temperature or 1.0, card.noise_sd
+            if not part.generated and task.labels:
+                texts = scored_texts(part, task)
+                part.outputs = [replace(row, output=text) for row, text in zip(part.outputs, texts, strict=True)]
     if validation is not None and run.data.fit_temperature:
-        after, *_ = label_nll(validation, task)
         rows = f"{len(validation.ids):,} validation rows"
-        say(f"temperature T = {temperature:.3f}, fitted on {rows}: their NLL {before:.4f} -> {after:.4f}")
+        if at_an_end(fitted):
+            say(f"temperature: not fitted, T stays 1; the NLL of {rows} falls as far as T = {fitted:.3g}, where the "
+                "search ends")  # fmt: skip
+        else:
+            after, *_ = label_nll(validation, task)
+            say(f"temperature T = {fitted:.3f}, fitted on {rows}: their NLL {before:.4f} -> {after:.4f}")
     if card.noise_sd is not None:
         say(f"noise of the labels {card.noise_sd:.4g} (standard deviation), by validation rows")
 
@@ -104,6 +114,7 @@ def _keep(run: Run, card: TaskCard) -> None:
         note = f"temperature T = {own.score_temperature:.3f}, as the adapter's card says"
         if samples != own.score_temperature_samples:
             note += f"; fitted with {own.score_temperature_samples} samples of the weights, and this run has {samples}"
-        say(note)
+        if own.score_temperature != 1:
+            say(note)
     if own is not None and card.noise_sd is None:
         card.noise_sd = own.noise_sd

@@ -238,6 +238,7 @@ class ChatModel:
         """
         ids, dropped = self.prompt(history, message, settings.max_new_tokens)
         config = greedy_config(self.tokenizer, settings.max_new_tokens, self.encoder.end_id)
+        config.eos_token_id = sorted({*config.eos_token_id, *self.own_ends})
         if settings.do_sample:
             config = sampling_config(config, settings.temperature, settings.top_k, settings.top_p)
 
@@ -250,6 +251,13 @@ class ChatModel:
                 generate(self.model, inputs, torch.ones_like(inputs), config, **further)
 
         return Answer(ids, dropped, work, Decoder(self.tokenizer, set(config.eos_token_id)))
+
+    @property
+    def own_ends(self) -> set[int]:
+        """Tokens that end an answer by the base's own generation settings: a chat's turn may end by another token than
+        a text does."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
     @contextlib.contextmanager
     def switched(self, adapted: bool) -> Iterator[None]:

@@ -93,6 +93,11 @@ def speaking(asked: ChatArguments, card: TaskCard | None, tokenizer) -> Dialogue
     Raises:
         InputError: the template cannot be had.
     """
+    if asked.instruction and asked.prompt_template is None and card is not None:
+        raise InputError(
+            "--instruction: the adapter was trained with a text of its own around each message; give --prompt_template "
+            "as well to put another in its place"
+        )
     instruction = asked.instruction or (card and card.instruction)
     if asked.prompt_template is None and card is not None:
         first = name = card.prompt_template

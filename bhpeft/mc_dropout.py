@@ -16,8 +16,19 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from bhpeft.base_model import DROPOUTS
+from bhpeft.adapters.bh_peft import PRESETS
+from bhpeft.base_model import DROPOUTS, is_encoder
 from bhpeft.errors import InputError
+
+OF_HEADS = ("classifier_dropout", "seq_classif_dropout")
+
+
+def has_lora(arguments) -> bool:
+    """Whether the adapter of an `AdapterArguments` has a LoRA update, which is where `--lora_dropout` drops."""
+    preset = PRESETS.get(arguments.adapter_name)
+    if preset is None:
+        return "lora" in arguments.adapter_name  # lora, qlora; of other programs also adalora
+    return "lora" in (arguments.sites or preset["sites"])
 
 
 def check_dropout(run, config: PretrainedConfig) -> None:
@@ -27,10 +38,14 @@ def check_dropout(run, config: PretrainedConfig) -> None:
         run: a `Run`, its adapter's settings adopted.
         config: of the base model.
     """
-    if not run.data.mc_dropout_samples or run.adapter.lora_dropout > 0:
+    if not run.data.mc_dropout_samples or (run.adapter.lora_dropout > 0 and has_lora(run.adapter)):
         return
-    own = [getattr(config, name, None) or 0.0 for name in DROPOUTS]
-    if (max(own) if run.base.base_dropout is None else run.base.base_dropout * any(own)) <= 0:
+    # Decoders' heads have no dropout, although GPT-NeoX's configuration names one.
+    names = [name for name in DROPOUTS if is_encoder(config) or name not in OF_HEADS]
+    own = [value for name in names if (value := getattr(config, name, None)) is not None]
+    if run.base.base_dropout is not None:
+        own = [run.base.base_dropout for _ in own]  # it takes the place of each, of 0.0 as well
+    if max(own, default=0.0) <= 0:
         raise InputError(
             "--mc_dropout_samples: there is no dropout in the model; train with --lora_dropout 0.1, or give "
             "--base_dropout where the base has dropout"

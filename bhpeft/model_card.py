@@ -99,7 +99,10 @@ def _data(record: dict[str, Any], data: str) -> str:
     rows = record.get("rows") or {}
     counts = ", ".join(f"{count:,} to {use}" for name, use in (("train", "train on"), ("validation", "validate on"),
                        ("test", "test on")) if (count := rows.get(name)))  # fmt: skip
-    text = f"{data}: {counts or 'numbers of rows unknown'}. No input of the test rows was trained on."
+    text = f"{data}: {counts or 'numbers of rows unknown'}. No input of the test rows was trained on"
+    if record["config"].get("adapter_path"):
+        text += " in this run; it went on with another adapter, whose training rows are not known here"
+    text += "."
     return text + " *Where the data come from and whom they speak of: to be filled in.*"
 
 

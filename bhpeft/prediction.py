@@ -83,7 +83,8 @@ def sampling_config(
         top_p: only the likeliest tokens that together have this probability.
     """
     sampled = copy.deepcopy(config)
-    sampled.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    # transformers refuses a whole number of an int, as a slider in a browser gives it.
+    sampled.update(do_sample=True, temperature=float(temperature), top_k=int(top_k), top_p=float(top_p))
     return sampled
 
 
@@ -211,6 +212,18 @@ def decode_answers(
     return texts
 
 
+def scored_texts(answered: Answered, task: Task) -> list[str]:
+    """The answers that follow from scores alone, as text: what predictions hold, of samples by their mean.
+
+    The likeliest label at the answers' temperature, or the number with four decimals; empty where free text was scored.
+    """
+    if task.task_type == "regression":
+        return [f"{value:.4f}" for value in answered.numbers()[0]]
+    if task.labels:
+        return [task.labels[i] for i in answered.probabilities()[0].argmax(axis=1)]
+    return [""] * len(answered.ids)
+
+
 def read_answers(
     answers: Answers, rows: Sequence[dict], examples: Sequence[Example], task: Task, encoder: Encoder | HeadEncoder
 ) -> Answered:
@@ -226,18 +239,15 @@ def read_answers(
         mean, deviation = encoder.standardiser.mean, encoder.standardiser.deviation
         scores = encoder.standardiser.restore(scores)
         samples = None if samples is None else encoder.standardiser.restore(samples)
-    if answers.tokens is not None:
-        texts = decode_answers(encoder.tokenizer, answers.tokens, encoder.end_id)
-    elif task.task_type == "regression":
-        texts = [f"{value:.4f}" for value in scores[:, 0]]
-    elif task.labels:
-        texts = [task.labels[i] for i in scores.argmax(axis=1)]
-    else:
-        texts = [""] * len(examples)  # free text that was scored alone
     if task.task_type == "generation" and not task.labels:
         tokens = np.array([len(row["label_ids"][0]) for row in rows])
-    outputs = [ModelOutput(e.query, text, e.answer) for e, text in zip(examples, texts, strict=True)]
     ids = [example.id for example in examples]
     drawn = None if answers.drawn is None else decode_answers(encoder.tokenizer, answers.drawn, encoder.end_id)
     generated = answers.tokens is not None
-    return Answered(ids, outputs, scores, generated, tokens, mean, deviation, samples, drawn=drawn)
+    answered = Answered(ids, [], scores, generated, tokens, mean, deviation, samples, drawn=drawn)
+    if generated:
+        texts = decode_answers(encoder.tokenizer, answers.tokens, encoder.end_id)
+    else:
+        texts = scored_texts(answered, task)
+    answered.outputs = [ModelOutput(e.query, text, e.answer) for e, text in zip(examples, texts, strict=True)]
+    return answered

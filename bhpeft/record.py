@@ -100,6 +100,11 @@ def write_run(
         "adapter": run.adapter.adapter_name,
     }
     columns = {headings[name]: figures[name] for name in headings if name in figures}
+    # What an earlier run of this name left and this one does not write would be taken for its own.
+    stale = [] if "ood" in answered else [files.ood_predictions]
+    stale += [files.rounds, files.plots / "rounds.png"] if rounds is None else []
+    for file in stale:
+        file.unlink(missing_ok=True)
     if "adapter" in answered:
         outputs = answered["adapter"].outputs
         write_model_outputs(files.model_outputs, outputs)

@@ -185,7 +185,16 @@ def _concerns(config: dict[str, Any], name: str) -> bool:
 
 def _setting(config: dict[str, Any], name: str) -> str:
     value = config.get(name) if _concerns(config, name) else None
-    return "-" if value == "None" else text_of(value)
+    return "-" if value == "None" else text_of(_without_folders(value))
+
+
+def _without_folders(value: Any) -> Any:
+    """The same with the names of files and folders in place of where they lie on this machine."""
+    if isinstance(value, dict):
+        return {name: _without_folders(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def flat_config(record: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +224,8 @@ def costs(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def whole_record(record: dict[str, Any]) -> str:
     """Configuration, versions and the rest of the record but its history, as JSON."""
-    return json.dumps({k: v for k, v in record.items() if k != "history"}, indent=2, ensure_ascii=False)
+    told = {name: value for name, value in record.items() if name != "history"}
+    return json.dumps(_without_folders(told), indent=2, ensure_ascii=False)
 
 
 def outputs_figures(run: RunFacts) -> list[tuple[str, str]]:

@@ -41,7 +41,9 @@ PATHS = ("dataset_name", "data_path", "test_file", "validation_file", "round_fil
 FEW_STEPS = 5  # a round of fewer is told of --min_round_steps
 TRAINING = (
     "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed", "data_seed", "precision",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha",
+    "train_sampling_strategy", "seed", "data_seed", "precision",
 )  # fmt: skip  # with all other settings but OutputArguments': what a round's result depends on
 
 
@@ -64,7 +66,7 @@ def learn_in_rounds(job: Job, build: Callable[..., AdapterTrainer]) -> Learned:
     folder, last = Path(run.training.output_dir), len(job.plan.new)
     finished = open_rounds(folder, settings_of(job), run.rounds.resume_rounds)
     answered: dict[str, Answered] = {}
-    first, trainer = min(len(finished) + 1, last), None
+    first, trainer, before = min(len(finished) + 1, last), None, len(finished)
     for number in range(first, last + 1):
         if trainer is not None:
             release(trainer)
@@ -84,7 +86,8 @@ def learn_in_rounds(job: Job, build: Callable[..., AdapterTrainer]) -> Learned:
     trainer.save_model(str(folder))
     told = [{name: value for name, value in done.items() if name != "history"} for done in finished]
     history = [entry for done in finished for entry in done["history"]]
-    return Learned(trainer, parameters, history, answered, sum(done["seconds"] for done in finished), told)
+    seconds = sum(done["seconds"] for done in finished[before:])  # of this process
+    return Learned(trainer, parameters, history, answered, seconds, told)
 
 
 def begin_round(
@@ -223,6 +226,7 @@ def settings_of(job: Job) -> dict:
     parts = [[(e.query, e.answer) for e in rows] for rows in (job.task.test, job.task.train)]
     rows = json.dumps([*parts, job.plan.new, list(job.task.labels)])
     found = {name: everything.get(name) for name in sorted(names)}
+    found["ranks"] = run.training.world_size
     found["rows"] = hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return json.loads(json.dumps(found, default=str))
 
@@ -302,5 +306,6 @@ def release(trainer: AdapterTrainer) -> None:
     """Free a trainer's model, optimizer and, under DeepSpeed, its engine, before the next is built."""
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    trainer.deepspeed = trainer.anchor = None  # the engine holds the shards of the base
     trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     gc.collect()

@@ -23,6 +23,7 @@ class Comparison:
     b: str
     rows: int
     sentences: list[str]
+    accuracy: sig.Difference | None = None
     p: float | None = None
     adjusted: float | None = None
 
@@ -39,7 +40,7 @@ def compare(a: str, b: str, first: Answers, second: Answers) -> Comparison:
         accuracy = sig.paired_difference("accuracy", [of_a["right"]], [of_b["right"]], _mean)
         only_a = int(((of_a["right"] == 1) & (of_b["right"] == 0)).sum())
         only_b = int(((of_b["right"] == 1) & (of_a["right"] == 0)).sum())
-        found.p = sig.mcnemar(only_a, only_b)
+        found.p, found.accuracy = sig.mcnemar(only_a, only_b), accuracy
         found.sentences = [
             sig.sentence(a, b, accuracy, "points", 100),
             f"Of {found.rows:,} rows {only_a} only {a} has right, {only_b} only {b}; McNemar's exact test: "
@@ -102,6 +103,8 @@ def comparisons(runs: Sequence[RunFacts]) -> list[Comparison]:
         for comparison, p in zip(tested, sig.holm([c.p for c in tested]), strict=True):
             comparison.adjusted = p
             if len(tested) > 1:
+                names = comparison.a, comparison.b
+                comparison.sentences[0] = sig.sentence(*names, comparison.accuracy, "points", 100, doubted=p > 0.05)
                 comparison.sentences[1] = (
                     comparison.sentences[1][:-1] + f", adjusted for {len(tested)} comparisons (Holm) {p:.2g}."
                 )

@@ -78,7 +78,9 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def sentence(a: str, b: str, difference: Difference, unit: str, scale: float = 1.0, digits: int = 1) -> str:
+def sentence(
+    a: str, b: str, difference: Difference, unit: str, scale: float = 1.0, digits: int = 1, doubted: bool = False
+) -> str:
     """As "B is better than A by 1.9 points (95 %: 0.4 to 3.4)."; or that the difference could be chance.
 
     Args:
@@ -86,12 +88,13 @@ def sentence(a: str, b: str, difference: Difference, unit: str, scale: float = 1
         difference: B minus A, counted so that more is better.
         unit: what the numbers are, as "points".
         scale: what the difference is multiplied by.
+        doubted: it could be chance whatever its own interval says: one of many comparisons.
     """
     value, low, high = (scale * number for number in (difference.value, difference.low, difference.high))
     if value < 0:
         a, b, value, low, high = b, a, -value, -high, -low
     ends = f"(95 %: {low:.{digits}f} to {high:.{digits}f})"
-    if difference.shown:
+    if difference.shown and not doubted:
         return f"{b} is better than {a} by {value:.{digits}f} {unit} {ends}."
     if value == 0:
         return f"{b} and {a} are equal {ends}."

@@ -56,6 +56,12 @@ def fit_temperature(logits, y) -> float:
     return math.exp(middle)
 
 
+def at_an_end(temperature: float) -> bool:
+    """Whether a fitted temperature is an end of `TEMPERATURES`, up to 0.1 %: then the NLL has no least in between."""
+    low, high = TEMPERATURES
+    return temperature < 1.001 * low or temperature > high / 1.001
+
+
 def apply_temperature(logits, temperature: float) -> np.ndarray:
     """(N, C) probabilities softmax(logits / temperature), of (N, C) logits or log-probabilities."""
     if not (math.isfinite(temperature) and temperature > 0):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,7 @@ class Turn:
 
 def as_html(text: str) -> str:
     """Text as one block of HTML that Markdown leaves alone: nothing in it is markup, and it has no empty line."""
-    return html.escape(text).replace("\n", "<br>")
+    return html.escape(re.sub(r"\r\n?", "\n", text)).replace("\n", "<br>")
 
 
 def opacity(uncertainty: TokenUncertainty, token: int, measure: str) -> float:

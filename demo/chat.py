@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from classify import PRECISIONS, quieten  # noqa: E402
 
+from bhpeft.annotation_terminal import printable  # noqa: E402
 from bhpeft.errors import InputError, nearest, run_main  # noqa: E402
 
 if TYPE_CHECKING:  # torch is loaded once the flags are known to be right
@@ -142,7 +143,7 @@ class Terminal:
             print(f"{name}> ", end="", flush=True)
             try:
                 for piece in answer:
-                    print(piece, end="", flush=True)
+                    print(printable(piece), end="", flush=True)
             except KeyboardInterrupt:
                 answer.stop()
                 for _ in answer:  # the token at hand is still generated

@@ -170,7 +170,7 @@ def run_command(
             words, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False
         )
     # Progress bars would push what a failed run said out of sight.
-    finished.stderr = "\n".join(line for line in finished.stderr.splitlines() if not PROGRESS.search(line))
+    finished.stderr = "".join(x for x in finished.stderr.splitlines(keepends=True) if not PROGRESS.search(x))
     return finished
 
 

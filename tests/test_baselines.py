@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,17 +14,20 @@ from conftest import ACTS, KINDS, ROOT, statement_rows
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from transformers import BertConfig, GPTNeoXConfig, LlamaConfig
 
 import parameter_efficient_fine_tuning as trainer_script
-from bhpeft.arguments import DataArguments
+from bhpeft.arguments import AdapterArguments, DataArguments
+from bhpeft.calibration import calibrate
 from bhpeft.config import parse_arguments
 from bhpeft.errors import InputError
-from bhpeft.mc_dropout import batch_seed, dropout_noise
-from bhpeft.report import numbers
+from bhpeft.mc_dropout import batch_seed, check_dropout, dropout_noise
+from bhpeft.report import labels, numbers
 from bhpeft.report.answered import Answered
 from bhpeft.results import ModelOutput, read_predictions
 from bhpeft.scores import probabilities
 from bhpeft.tasks import Example, Task, load_task
+from bhpeft.tasks.card import TaskCard
 from bhpeft.tasks.ood import read_ood
 from bhpeft.temperature import fit_sample_temperature, fit_temperature
 from bhpeft.uncertainty import nll
@@ -175,6 +179,39 @@ def test_flags_that_cannot_be_are_refused_before_a_model_is_loaded(flags, words,
     assert not (tmp_path / "a").exists() and not (tmp_path / "r").exists()
 
 
+BERT = BertConfig(hidden_dropout_prob=0.1)
+LLAMA = LlamaConfig()  # attention_dropout: 0.0
+PYTHIA = GPTNeoXConfig(attention_dropout=0.0, hidden_dropout=0.0, classifier_dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "base_dropout", "adapter", "drops"),
+    [
+        (BERT, None, {}, True),
+        (BERT, 0.0, {}, False),
+        (LLAMA, None, {}, False),
+        (LLAMA, 0.1, {}, True),
+        (PYTHIA, 0.1, {}, True),
+        (PYTHIA, None, {}, False),  # what it calls classifier_dropout is in no head of ours
+        (LLAMA, None, {"lora_dropout": 0.1}, True),
+        (LLAMA, None, {"lora_dropout": 0.1, "adapter_name": "qlora"}, True),
+        (LLAMA, None, {"lora_dropout": 0.1, "adapter_name": "hybrid"}, True),
+        (LLAMA, None, {"lora_dropout": 0.1, "adapter_name": "mam"}, False),
+        (LLAMA, None, {"lora_dropout": 0.1, "adapter_name": "prompt-tuning"}, False),
+        (LLAMA, None, {"lora_dropout": 0.1, "adapter_name": "bh-peft", "sites": ["prefix", "adapter"]}, False),
+    ],
+)
+def test_dropout_is_asked_for_where_there_is_some(config, base_dropout, adapter, drops):
+    run = SimpleNamespace(
+        data=SimpleNamespace(mc_dropout_samples=10), base=SimpleNamespace(base_dropout=base_dropout),
+        adapter=AdapterArguments(**adapter),
+    )  # fmt: skip
+    if drops:
+        return check_dropout(run, config)
+    with pytest.raises(InputError, match="no dropout in the model"):
+        check_dropout(run, config)
+
+
 def test_no_input_of_the_validation_file_is_trained_on(files):
     arguments = parse_arguments(
         ["--base_model", "m", "--dataset_name", str(files / "train.csv"), "--test_file", str(files / "test.csv"),
@@ -215,6 +252,52 @@ def test_the_temperature_of_samples():
     assert fit_sample_temperature(samples, y) == pytest.approx(np.exp(best.x), rel=1e-3)
     assert fit_sample_temperature(samples[:1], y) == pytest.approx(fit_temperature(samples[0], y), rel=1e-4)
     assert fit_sample_temperature(np.zeros((2, 3, 2)), [0, 1, 0]) == 1
+
+
+def calibrated(validation, test, tmp_path):
+    """`calibrate` with --fit_temperature on two labels: the card."""
+    run = SimpleNamespace(
+        data=SimpleNamespace(posterior_samples=0, mc_dropout_samples=0, fit_temperature=True),
+        training=SimpleNamespace(do_train=True, output_dir=tmp_path),
+    )
+    card = TaskCard("classification", ["no", "yes"], True, "", None, 64, "score")
+    calibrate(run, LABELS, {"validation": validation, "adapter": test}, card)
+    return card
+
+
+LABELS = Task("t", [], [], [], "classification", ("no", "yes"))
+
+
+def scored(samples, expected):
+    outputs = [ModelOutput("", "", label) for label in expected]
+    return Answered([str(i) for i in range(len(expected))], outputs, samples.mean(1), False, samples=samples)
+
+
+@pytest.mark.parametrize(("expected", "end"), [(("yes", "no"), "0.01"), (("no", "yes"), "100")])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_temperature_at_an_end_of_the_search_is_not_applied(expected, end, sampled, tmp_path, capsys):
+    samples = np.array([[[0.0, 2.0], [0.0, 3.0]], [[4.0, 0.0], [1.0, 0.0]]])
+    validation, test = scored(samples, expected), scored(samples, expected)
+    if not sampled:
+        validation.samples = test.samples = None
+    card = calibrated(validation, test, tmp_path)
+    assert card.score_temperature == test.temperature == TaskCard.read(tmp_path).score_temperature == 1
+    lines = capsys.readouterr().out.strip().splitlines()
+    words = f"not fitted, T stays 1; the NLL of 2 validation rows falls as far as T = {end}, "
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_texts_of_sampled_labels_are_the_predictions_at_the_fitted_temperature(tmp_path):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(300, 2)) * 2
+    expected = [("no", "yes")[rng.choice(2, p=row)] for row in probabilities(logits)]
+    samples = 5 * (logits[:, None] + rng.normal(size=(300, 5, 2)))
+    validation, test = scored(samples, expected), scored(samples, expected)
+    at_one = labels.predictions(test, LABELS)["prediction"].tolist()
+    card = calibrated(validation, test, tmp_path)
+    found = labels.predictions(test, LABELS)["prediction"].tolist()
+    assert card.score_temperature > 2 and found != at_one
+    assert [row.output for row in test.outputs] == found
 
 
 def test_intervals_of_numbers_hold_what_they_say():
@@ -307,6 +390,43 @@ def test_the_benchmark_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_pa
     assert free["method"] == "training-free" and free["measures"]["mutual_information"]
 
 
+def test_runs_of_the_benchmark_replace_their_own_alone(tmp_path, monkeypatch, capsys):
+    from benchmarks import uncertainty
+
+    asked = []
+
+    def run(self, method, seed):
+        asked.append((method, seed))
+        figures = {name: len(asked) / 10 for name in ("accuracy", "nll", "ece", "brier", "seconds")}
+        return {**figures, "measures": {"one_minus_max_prob": {"aurc": 0.1, "gain_10": 0.0}}}
+
+    monkeypatch.setattr(uncertainty.Bench, "run", run)
+    out = tmp_path / "u.json"
+
+    def bench(*flags, base="minilm", methods="map,bh-peft", seeds="0,1", data="sst2"):
+        asked.clear()
+        record = uncertainty.main(["--base_model", base, "--data_path", data, "--out", str(out), "--seeds", seeds,
+                                   "--methods", methods, *flags])  # fmt: skip
+        assert json.loads(out.read_text()) == record
+        return len(asked), len(record["runs"])
+
+    assert bench() == (4, 4)
+    text = capsys.readouterr().out  # no other domain: a dash, and no error
+    assert "nan" not in text and text.split("bh-peft  ")[1].split("\n")[0].split()[-4:-3] == ["-"]
+    monkeypatch.setattr(uncertainty, "draw", lambda *args: None)
+    assert bench() == (0, 4)
+    assert bench("--again", methods="map", seeds="1") == (1, 4)
+    assert bench(base="other", seeds="0") == (2, 6)
+    assert bench("--validation", "phrases", methods="map", seeds="0") == (1, 7)
+    assert bench("--ood_data_path", "generics", methods="map", seeds="0") == (1, 8)
+    assert bench(data="other", methods="map", seeds="0") == (1, 9)
+    assert bench() == (0, 9)
+    changes = {"COMMON": {**uncertainty.COMMON, "max_length": 64}, "EPOCHS": {1000: 3}, "SAMPLES": 20}
+    for name, value in changes.items():
+        monkeypatch.setattr(uncertainty, name, value)
+        assert bench(methods="map", seeds="0") == (1, 9)
+
+
 def _adapter_of_map(train, folder):
     """`Bench.train` that may use adapters that are there, and train none."""
 
@@ -324,6 +444,12 @@ def test_paired_intervals_are_students():
 
     low, high = t_interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-5)
+
+
+def test_intervals_without_a_figure():
+    from benchmarks.uncertainty_table import t_interval
+
+    assert np.isnan(t_interval([np.nan, np.nan])).all() and np.isnan(t_interval([0.5, np.nan])).all()
 
 
 def test_samples_of_one_pass_equal_those_of_ten(tiny_encoder):

@@ -259,7 +259,7 @@ def test_a_decoder_that_classifies(kind, tmp_path, tiny_model):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert again.config.pad_token_id == 2  # the tokenizer's; without it a batch would be refused
     model.config.pad_token_id = 2
-    assert (logits_of(again) - logits_of(model)).abs().max() <= 1e-5
+    assert (logits_of(again) - logits_of(model)).abs().max() <= 3e-5  # merged weights round otherwise
 
 
 def test_a_head_that_only_peft_noted_the_class_of(tmp_path):
@@ -272,7 +272,7 @@ def test_a_head_that_only_peft_noted_the_class_of(tmp_path):
     assert "holds no tokenizer" in notes[1]
     inputs = {name: value.view(2, 3, 10) for name, value in batch(6, 10).items()}
     again = AutoModelForMultipleChoice.from_pretrained(tmp_path / "out")
-    assert (logits_of(again, inputs) - logits_of(model, inputs)).abs().max() <= 1e-5
+    assert (logits_of(again, inputs) - logits_of(model, inputs)).abs().max() <= 3e-5
 
 
 def test_modules_that_the_base_lacks_travel_with_the_head(tmp_path):

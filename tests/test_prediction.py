@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -9,8 +12,16 @@ from transformers import AutoTokenizer
 from bhpeft.adapters import attach_adapter
 from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import load_base_model
-from bhpeft.prediction import decode_answers, generate, greedy_config, label_log_likelihoods
-from bhpeft.tasks import Example
+from bhpeft.prediction import (
+    Answers,
+    decode_answers,
+    generate,
+    greedy_config,
+    label_log_likelihoods,
+    read_answers,
+)
+from bhpeft.report import report_for
+from bhpeft.tasks import Example, Task
 from bhpeft.tasks.encoding import Collator, Encoder
 
 
@@ -96,3 +107,22 @@ def test_answers_are_cut_at_end_of_sequence(tiny_model):
     ids = tokenizer(" True, cats sleep.", add_special_tokens=False)["input_ids"]
     texts = decode_answers(tokenizer, [ids + [tokenizer.eos_token_id] + ids, ids + [tokenizer.pad_token_id] * 3])
     assert texts == ["True, cats sleep."] * 2
+
+
+def test_texts_of_scored_answers_are_what_the_samples_say():
+    """The point scores say otherwise; what predictions hold is the mean over samples."""
+    examples = [Example("0", "q", "b", "g"), Example("1", "r", "a", "g")]
+    task = Task("t", examples, [], examples, "classification", ("a", "b"))
+    samples = np.array([[[3.0, 0.0], [0.0, 1.0], [0.0, 1.2]], [[2.0, 0.0]] * 3])  # mean of softmaxes: 0.484, 0.516
+    answers = Answers(np.arange(2), None, np.array([[1.0, 0.0], [0.0, 1.0]]), samples)
+    answered = read_answers(answers, [{}, {}], examples, task, None)
+    table = report_for(task).predictions(answered, task)
+    assert [row.output for row in answered.outputs] == table["prediction"].tolist() == ["b", "a"]
+
+    examples = [Example("0", "q", "1.0", "g")]
+    task = Task("t", examples, [], examples, "regression")
+    encoder = SimpleNamespace(standardiser=SimpleNamespace(mean=10.0, deviation=2.0, restore=lambda x: 10 + 2 * x))
+    answers = Answers(np.arange(1), None, np.array([[0.0]]), np.array([[[1.0], [2.0]]]))
+    answered = read_answers(answers, [{}], examples, task, encoder)
+    table = report_for(task).predictions(answered, task)
+    assert answered.outputs[0].output == "13.0000" and table["prediction"].tolist() == [13.0]

@@ -25,7 +25,7 @@ from bhpeft.results import read_predictions
 from bhpeft.rounds import carry, checkpoint_in
 from bhpeft.tasks import Example, Task, load_task
 from bhpeft.tasks.encoding import Collator
-from bhpeft.tasks.rounds import RoundPlan, arrive, load_in_rounds
+from bhpeft.tasks.rounds import RoundPlan, arrive, load_domains, load_in_rounds
 from bhpeft.training import AdapterTrainer
 
 SMALL = ["--adapter_name", "bh-peft", "--prefix_length", 4, "--bn_reduction_factor", 8, "--lora_rank", 4]
@@ -529,3 +529,26 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(learn, tmp_path, monkey
 def test_a_file_of_a_round_that_is_missing_is_named(learn, tiny_encoder):
     with pytest.raises(InputError, match="--round_files nowhere.csv: no such file"):
         learn(data=["--base_model", tiny_encoder, "--round_files", "nowhere.csv"])
+
+
+def test_domains_of_one_class_each_are_learned_one_after_another(tmp_path):
+    for name in ("good", "bad"):
+        rows = "\n".join(f"{name} thing {i},{name}" for i in range(20))
+        (tmp_path / f"{name}.csv").write_text(f"text_input,text_label\n{rows}\n")
+    files = [str(tmp_path / f"{name}.csv") for name in ("good", "bad")]
+    task, plan = load_domains(DataArguments(dataset_name="both"), files, 0, False)
+    assert task.labels == ("bad", "good")
+    assert [{task.train[place].answer for place in places} for places in plan.new] == [{"good"}, {"bad"}]
+    with pytest.raises(InputError, match="have the label 'good'"):
+        load_domains(DataArguments(dataset_name="both", labels=["good", "bad"]), files[:1], 0, False)
+
+
+def test_a_part_without_rows_is_left_out_of_what_is_still_known():
+    def asked(name, value, rows=4):
+        return {"evaluated_on": name, "metric": "accuracy", "value": value, "rows": rows}
+
+    first = {"evaluations": [asked("test", 0.5), asked("round-01", 1.0)]}
+    second = {"evaluations": [asked("test", 0.5), asked("round-01", 0.5)]}  # none of round 2's rows fits
+    third = {"evaluations": [asked("test", 0.5), asked("round-01", 0.25), asked("round-03", 1.0)]}
+    known = still_known([first, second, third])
+    assert (known["then"], known["now"]) == (1.0, 0.25)

@@ -269,6 +269,12 @@ def test_temperature_where_there_is_none():
     assert temperature.fit_temperature([[3.0, 0.0], [0.0, 1.0]], [0, 1]) == pytest.approx(low)  # all right
     assert temperature.fit_temperature([[3.0, 0.0], [0.0, 1.0]], [1, 0]) == pytest.approx(high)  # all wrong
     assert temperature.fit_temperature([[3000.0, 0.0], [0.0, 1000.0]], [0, 1]) == pytest.approx(low)
+    assert list(map(temperature.at_an_end, (low, 0.02, 1.0, 50.0, high))) == [True, False, False, False, True]
+    logits = np.random.default_rng(3).normal(0, 4, (200, 5)) + 100
+    for right, ends in ((logits, (True, False)), (-logits, (False, True))):
+        for found in (temperature.fit_temperature(right, logits.argmax(1)),
+                      temperature.fit_sample_temperature(np.stack([right, 2 * right]), logits.argmax(1))):  # fmt: skip
+            assert (found < 1 and temperature.at_an_end(found), found > 1 and temperature.at_an_end(found)) == ends
     assert temperature.fit_temperature(np.zeros((3, 2)), [0, 1, 0]) == 1
 
 

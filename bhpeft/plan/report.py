@@ -126,8 +126,7 @@ class Plan:
         if plugin is not None:
             zero = plugin.deepspeed_config["zero_optimization"]
             stage, offload = zero["stage"], zero.get("offload_param", {}).get("device", "none") != "none"
-        ranks = self.world if stage else 1
-        return Layout(self.run.precision, self.run.load_in_4bit, stage, ranks, offload)
+        return Layout(self.run.precision, self.run.load_in_4bit, stage, self.world, offload)
 
     @cached_property
     def rates(self) -> Rates | None:

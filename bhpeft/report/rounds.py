@@ -135,9 +135,13 @@ def still_known(rounds: Sequence[dict], what: str = "round") -> dict[str, float]
         return None
     metric = rounds[-1]["evaluations"][0]["metric"]
     rows = {asked["evaluated_on"]: asked["rows"] for asked in rounds[-1]["evaluations"]}
-    weights = [rows[name_of(number, what)] for number in range(1, len(rounds))]
+    weights = np.array([rows.get(name_of(number, what), 0) for number in range(1, len(rounds))], dtype=float)
+    asked = ~np.isnan(np.diag(values)) & ~np.isnan(values[-1]) & (weights > 0)  # a part may have no row that fits
+    if not asked.any():
+        return None
     inside, outside = {"rmse": (np.square, np.sqrt), "perplexity": (np.log, np.exp)}.get(metric, (np.array, float))
-    then, now = (float(outside(np.average(inside(part), weights=weights))) for part in (np.diag(values), values[-1]))
+    parts = (np.diag(values)[asked], values[-1][asked])
+    then, now = (float(outside(np.average(inside(part), weights=weights[asked]))) for part in parts)
     return {"then": then, "now": now, "backward_transfer": now - then}
 
 

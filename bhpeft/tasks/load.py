@@ -67,7 +67,12 @@ def read_source(arguments, notes: list[str], with_training: bool) -> Source:
 
 
 def load_task(
-    arguments, seed: int, with_validation: bool = False, with_training: bool = True, labels: tuple[str, ...] = ()
+    arguments,
+    seed: int,
+    with_validation: bool = False,
+    with_training: bool = True,
+    labels: tuple[str, ...] = (),
+    whole: bool = True,
 ) -> Task:
     """Read a dataset and split it: test first, then validation, each by group, before any row is used.
 
@@ -77,6 +82,7 @@ def load_task(
         with_validation: hold out validation rows of the training data.
         with_training: without it nothing is held out: the dataset's test rows, or all rows where it has none.
         labels: class names that an adapter was trained with; their order is kept.
+        whole: these are all training rows: one class alone is refused. Else `check_classes` is for the caller to call.
 
     Raises:
         InputError: as `read_source`, an answer that the task type does not allow, or too few rows to split.
@@ -116,8 +122,8 @@ def load_task(
     test = at_most(test, arguments.max_test_samples, seed)
     if task_type == "classification":
         notes += [_balance(part, rows, labels) for part, rows in (("training", train), ("test", test)) if rows]
-        if train and len({example.answer for example in train}) == 1:
-            raise InputError(f"{name}: all {len(train)} training rows have the label {train[0].answer!r}; add others")
+        if whole:
+            check_classes(name, train)
     sides = f"no {'conversation' if name == 'oasst1' else 'input'} stands on two sides"
     if not with_training and source.test is None:
         sides = "rows that the adapter was trained on may be among them: --test_file names others"
@@ -147,6 +153,12 @@ def _read_validation(
     if train and not kept:
         raise InputError(f"--validation_file {file}: holds every training row; give others, so that some are left")
     return kept, validation
+
+
+def check_classes(name: str, train: list[Example]) -> None:
+    """Raise `InputError` if training rows, where there are any, all have one label."""
+    if train and len({example.answer for example in train}) == 1:
+        raise InputError(f"{name}: all {len(train)} training rows have the label {train[0].answer!r}; add others")
 
 
 def _settle_task_type(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bhpeft.errors import InputError
 from bhpeft.tasks.example import Example, Task
-from bhpeft.tasks.load import infer_task_type, load_task
+from bhpeft.tasks.load import check_classes, infer_task_type, load_task
 from bhpeft.tasks.table import read_examples
 
 
@@ -58,7 +57,7 @@ class RoundPlan:
 
     def at_first(self, task: Task) -> Task:
         """The task as the first round knows it: numbers are standardised by what has arrived, not by what will."""
-        return dataclasses.replace(task, train=[task.train[place] for place in self.new[0]])
+        return replace(task, train=[task.train[place] for place in self.new[0]])
 
     def check_rows(self, task: Task, encoder, notes: list[str]) -> None:
         """Encode each round's new rows, so that one that cannot be trained on stops the run at once.
@@ -111,7 +110,7 @@ def arrive(task: Task, sizes: Sequence[int], seed: int) -> tuple[Task, RoundPlan
     for size in sizes:
         new.append(sorted(place_of[old] for old in order[start : start + size]))
         start += size
-    task = dataclasses.replace(task, train=[task.train[old] for old in used])
+    task = replace(task, train=[task.train[old] for old in used])
     task.notes.append(f"{sum(sizes)} of {len(order)} training rows arrive, in {len(sizes)} rounds")
     return task, RoundPlan(new)
 
@@ -133,9 +132,9 @@ def load_domains(
         task_type = arguments.task_type or "classification"
     if task_type == "classification":
         labels = labels or tuple(arguments.labels or found or sorted({example.answer for example in everything}))
-    settled = dataclasses.replace(arguments, task_type=task_type, labels=list(labels) or None)
+    settled = replace(arguments, task_type=task_type, labels=list(labels) or None)
     parts = [
-        load_task(dataclasses.replace(settled, dataset_name=str(file)), seed, with_validation, True, labels)
+        load_task(replace(settled, dataset_name=str(file)), seed, with_validation, True, labels, whole=False)
         for file in files
     ]
     notes = [f"round {number}: {note}" for number, part in enumerate(parts, 1) for note in part.notes]
@@ -154,6 +153,8 @@ def load_domains(
         new.append(_append(joined["train"], name, train))
         tests.append(_append(joined["test"], name, part.test))
         _append(joined["validation"], name, validation)
+    if task_type == "classification":
+        check_classes("--round_files", joined["train"])
     shared = parts[0].labels if len({part.labels for part in parts}) == 1 else ()
     instruction = parts[0].instruction
     task = Task(arguments.dataset_name or "+".join(names), **joined, task_type=task_type, labels=shared,
@@ -164,7 +165,7 @@ def load_domains(
 def _append(rows: list[Example], name: str, more: Sequence[Example]) -> list[int]:
     """Add rows, their ids made unique by the name, and return their places."""
     start = len(rows)
-    rows.extend(dataclasses.replace(example, id=f"{name}:{example.id}") for example in more)
+    rows.extend(replace(example, id=f"{name}:{example.id}") for example in more)
     return list(range(start, len(rows)))
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from conftest import ROOT, run_command
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from bhpeft.results import read_metrics, read_model_outputs, read_predictions
 
@@ -50,7 +50,7 @@ def test_two_ranks_train_save_whole_reload_and_answer_as_one(train, tmp_path, sh
     # Saved whole, by its true shapes, although no rank ever held it whole.
     saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert len(saved) == 2 * len(ALL_LINEAR) * 2
-    assert all(16 in weight.shape and weight.size >= 16 * 32 for weight in saved.values())
+    assert all(16 in weight.shape and weight.numel() >= 16 * 32 for weight in saved.values())
 
     # Reloaded by one process without DeepSpeed, it gives the same probabilities and the same texts.
     train("--adapter_path", tmp_path / "adapter", "--do_train", "false", "--run_name", "one")
@@ -169,7 +169,7 @@ def test_bh_peft_over_two_ranks_is_saved_whole_and_reloads(preset, train, tmp_pa
         assert entry["kl_term"] == pytest.approx(0.1 * entry["kl"] / 60, rel=1e-3)
 
     saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    assert all(weight.size > 0 for weight in saved.values())
+    assert all(weight.numel() > 0 for weight in saved.values())
     assert any(name.endswith("embedding") and weight.shape == (4, 64) for name, weight in saved.items())
     assert any("prior_mu" in name for name in saved) == (preset == "bh-peft")
     train(*adapter, *sampled, "--adapter_path", tmp_path / "adapter", "--do_train", "false", "--run_name", "one")

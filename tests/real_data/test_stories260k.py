@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from conftest import ROOT, run_command
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from bhpeft.results import read_metrics
 from bhpeft.tasks.generics import read_generics
