@@ -98,7 +98,8 @@ class Bench:
     def slices(self, seed: int) -> Path:
         """The folder of a seed's train.csv, validation.csv, dev.csv."""
         flags = self.flags
-        folder = self.folder / f"slices-{flags.train_rows or 'all'}-{flags.validation_rows}-{flags.validation}-{seed}"
+        name = f"{flags.train_rows or 'all'}-{flags.validation_rows}-{flags.validation}-{seed}"
+        folder = self.folder / f"slices-{flags.data_path.resolve().name}-{name}"
         if not (folder / "dev.csv").is_file():  # written last
             whole = flags.validation == "sentences"
             write_slices(flags.data_path, folder, flags.train_rows, flags.validation_rows, seed, whole)
