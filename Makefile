@@ -3,6 +3,7 @@
 # make report                                                   results/report.html of all runs so far
 # make test [JOBS=2]                                            all tests, two at a time
 # make lint                                                     ruff
+# make docs                                                     docs/api/index.html: the reference, from docstrings
 # Each sets up .venv itself. A GPU build, or another CPU build, of torch: make demo TORCH="torch==2.13.0 ..."
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
@@ -12,9 +13,10 @@ JOBS    ?= 2
 RANKS   ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU | grep -v '^0$$' || { [ $$(nproc) -ge 2 ] && echo 2 || echo 1; })
 BIN     := .venv/bin
 # With the environment's programs first: DeepSpeed looks for `ninja` on the PATH.
-RUN     := PATH="$(CURDIR)/$(BIN):$$PATH"
+# What DeepSpeed compiles lies in it too: two checkouts would have each other's compiled anew, again and again.
+RUN     := PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 
-.PHONY: demo report test lint clean
+.PHONY: demo report test lint docs clean
 
 demo: .venv/ready
 	$(RUN) accelerate launch --config_file ds_zero3_cpu.yaml --num_processes $(RANKS) demo/demo.py --adapter_name $(ADAPTER)
@@ -28,6 +30,9 @@ test: .venv/test-ready
 lint: .venv/test-ready
 	$(RUN) ruff check .
 
+docs: .venv/docs-ready
+	$(RUN) python -m pdoc --docformat google -o docs/api bhpeft
+
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel $(TORCH)
@@ -38,5 +43,9 @@ lint: .venv/test-ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
+.venv/docs-ready: .venv/ready requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build docs/api *.egg-info

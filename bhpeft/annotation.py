@@ -83,10 +83,12 @@ class Session:
 
     @property
     def total(self) -> int:
+        """How many rows there are, over all runs."""
         return len(self._order)
 
     @property
     def judged(self) -> int:
+        """How many rows have both questions answered."""
         return sum(self._complete(item) for item in range(self.total))
 
     @property

@@ -204,6 +204,7 @@ class ChatModel:
 
     @property
     def bayesian(self) -> bool:
+        """Whether the adapter has Gaussian weights."""
         return bool(gaussian_layers(self.model))
 
     def default_settings(self) -> Settings:

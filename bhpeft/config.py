@@ -53,6 +53,7 @@ class Run:
 
     @property
     def load_in_4bit(self) -> bool:
+        """Whether the base is asked for in 4 bit: by the flag, or by QLoRA's name."""
         return self.base.load_in_4bit or self.adapter.adapter_name == "qlora"
 
     def as_dict(self) -> dict:

@@ -34,7 +34,7 @@ def run_main(main: Callable[[], None]) -> None:
     except InputError as error:
         if "--debug" in sys.argv:
             raise
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same error; one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds the error; one of each machine says it
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the first rank to exit has the launcher end the others, the one that speaks among them

@@ -44,9 +44,11 @@ class TensorFile:
 
     @property
     def names(self) -> list[str]:
+        """Names of its tensors, in the file's order."""
         return list(self._entries)
 
     def shape(self, name: str) -> list[int]:
+        """Of the tensor of that name, off the header."""
         return self._entries[name]["shape"]
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -87,6 +89,7 @@ class TensorFolder:
 
     @property
     def names(self) -> list[str]:
+        """Names of the tensors of all parts."""
         return list(self._parts)
 
     def _file(self, name: str) -> TensorFile:
@@ -96,6 +99,7 @@ class TensorFolder:
         return self._files[part]
 
     def shape(self, name: str) -> list[int]:
+        """Of the tensor of that name, off its part's header."""
         return self._file(name).shape(name)
 
     def __getitem__(self, name: str) -> np.ndarray:

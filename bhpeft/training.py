@@ -201,4 +201,5 @@ class BeforeTraining(TrainerCallback):
         self.function = function
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer."""
         self.function()

@@ -53,6 +53,7 @@ class Turn:
 
     @property
     def reply(self) -> str:
+        """The answer so far, without space around it."""
         return "".join(self.pieces).strip()
 
 

@@ -11,9 +11,11 @@ adapter with Gaussian weights it shades each token by how unsure the weights are
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,6 +101,16 @@ def settings_of(args: argparse.Namespace, chat: ChatModel) -> Settings:
     return settings.changed("do_sample", "false") if args.greedy else settings
 
 
+@contextlib.contextmanager
+def on_interrupt(call: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C makes a call for the length of the block, in place of an exception, which code at work may swallow."""
+    before = signal.signal(signal.SIGINT, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Terminal:
     """The conversation in the terminal."""
 
@@ -141,13 +153,9 @@ class Terminal:
             if answer.dropped:
                 print(f"(no room any more for the first {answer.dropped} of {len(history)} exchanges)")
             print(f"{name}> ", end="", flush=True)
-            try:
+            with on_interrupt(answer.stop):
                 for piece in answer:
                     print(printable(piece), end="", flush=True)
-            except KeyboardInterrupt:
-                answer.stop()
-                for _ in answer:  # the token at hand is still generated
-                    pass
             print(" [stopped]" if answer.stopped else "", flush=True)
             if answer.text:
                 history.append((message, answer.text))

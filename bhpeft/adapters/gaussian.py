@@ -58,6 +58,7 @@ class PointLinear(nn.Module):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as peft starts LoRA's A
 
     def forward(self, x: torch.Tensor, batch: int | None = None) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features); `batch` is taken for `GaussianLinear`'s sake and not used."""
         return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -174,5 +175,6 @@ class LowRank(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """delta(x), in the shape that `up` gives: (..., out_features)."""
         hidden = self.down(self.dropout(x) if self.training else x)
         return self.up(torch.relu(hidden) if self.relu else hidden) * self.scale

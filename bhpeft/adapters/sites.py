@@ -55,6 +55,7 @@ class LoraSite(Site):
         self.base_layer = base_layer
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """base(x) + delta(x), in the dtype of base(x); base(x) alone where the adapter is off."""
         result = self.base_layer(x, *args, **kwargs)
         part = self.part()
         return result if part is None else result + part(x).to(result.dtype)
@@ -73,6 +74,7 @@ class ParallelEntrySite(Site):
         self.delta: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """base(x); delta(x) is kept for the block's exit."""
         part = self.part()
         self.delta = None if part is None else part(x)
         return self.base_layer(x, *args, **kwargs)
@@ -87,6 +89,7 @@ class ParallelExitSite(Site):
         self._entry = [entry]  # in a list: not a submodule of this one
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """base(x) + the entry's delta, which is given up with it."""
         result = self.base_layer(x, *args, **kwargs)
         delta, self._entry[0].delta = self._entry[0].delta, None
         return result if delta is None else result + delta.to(result.dtype)
@@ -101,6 +104,7 @@ class PrefixHidden(nn.Module):
         self.down = down
 
     def forward(self, batch: int) -> torch.Tensor:
+        """(n, P, bottleneck) for `batch` rows that share the prefix: n is 1, S or `batch`."""
         hidden = torch.tanh(self.down(self.embedding.clone(), batch))
         return hidden if hidden.dim() == 3 else hidden[None]
 
@@ -132,6 +136,7 @@ class PrefixUp(nn.Module):
         self.gate = nn.Parameter(torch.zeros(heads)) if gated else None
 
     def forward(self, hidden: torch.Tensor, rows: int):
+        """K_p and V_p for `rows` rows, each (rows, kv_heads, P, head_width), and the gate (heads,) or None."""
         pair = self.up(hidden)  # (n, P, 2 * kv_heads * head_width)
         n, length, _ = pair.shape
         pair = pair.view(n, length, 2, self.kv_heads, self.head_width).permute(2, 0, 3, 1, 4)

@@ -22,6 +22,7 @@ class Advice:
 
     @property
     def flags(self) -> str:
+        """The trainer's flags that ask for it."""
         flags = f"--batch_size {self.rows} --gradient_accumulation_steps {self.accumulation}"
         flags += f" --eval_batch_size {self.eval_rows} --gradient_checkpointing {str(self.checkpointing).lower()}"
         return flags + (" --load_in_4bit" if self.layout.in_4bit else "")

@@ -41,6 +41,7 @@ class Layout:
 
     @property
     def name(self) -> str:
+        """In words: stage, offload, precision."""
         precision = "fp32" if self.precision == "no" else self.precision
         weights = f"NF4, {precision}" if self.in_4bit else precision
         where = f"ZeRO-{self.stage}{' + offload' if self.offload else ''}" if self.stage else "one process"
@@ -66,10 +67,12 @@ class Memory:
 
     @property
     def gpu_bytes(self) -> float:
+        """All that is on the GPU."""
         return sum(self.gpu.values())
 
     @property
     def host_bytes(self) -> float:
+        """All that is in the host's memory."""
         return sum(self.host.values())
 
 

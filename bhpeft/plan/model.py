@@ -63,6 +63,7 @@ class Inventory:
 
     @property
     def trained(self) -> int:
+        """How many weights are trained."""
         return sum(self.trainable)
 
     def frozen_bytes(self, width: int, in_4bit: bool) -> int:

@@ -73,6 +73,7 @@ class Plan:
         return meta_model(self.run, config, self.base_name, self.question, dtype)
 
     def step(self, precision: str) -> FakeStep:
+        """The micro-step on tensors without numbers, made once a precision."""
         dtype = DTYPES[precision]
         if dtype not in self._steps:
             model, _ = self._model(shallow(self.config), dtype)
@@ -107,11 +108,13 @@ class Plan:
         return memory_of(layout, self.inventory, work, process, self.on_gpu)
 
     def fits(self, layout: Layout, memory: Memory) -> bool:
+        """Whether all ranks' memory fits this host, and one rank's its GPU."""
         on_host = memory.host_bytes * layout.ranks <= SPARE * self.host_limit  # all ranks on one host
         return on_host and (not self.on_gpu or memory.gpu_bytes <= SPARE * self.gpu_limit)
 
     @cached_property
     def lines(self) -> list[Line]:
+        """A line for each layout of `layouts_for`."""
         found = []
         for layout in layouts_for(self.run.precision, self.ranks):
             memory = self.memory(layout)
@@ -148,6 +151,7 @@ class Plan:
         return PASSES * self.inventory.shard_bytes(layout.width, layout.in_4bit, layout.ranks)
 
     def tokens(self, rows: int) -> int:
+        """Tokens of so many rows at their widest."""
         choices = self.question.labels if self.question.head == "multiple_choice" else 1
         return rows * choices * self.run.data.max_length
 

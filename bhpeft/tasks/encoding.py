@@ -68,6 +68,7 @@ class Encoder:
         self._longest_label: int | None = None  # in tokens, its end included; behind the template it is always the same
 
     def prompt(self, example: Example) -> str:
+        """The text before the answer."""
         return self.template.replace("{text_input}", with_choices(example)).rstrip(" ")
 
     def encode(self, example: Example) -> tuple[list[int], list[int]]:

@@ -34,9 +34,11 @@ class Standardiser:
         return cls(mean, deviation)
 
     def standardise(self, value: float) -> float:
+        """As the head is trained on: mean 0, deviation 1 over the training rows."""
         return (value - self.mean) / self.deviation
 
     def restore(self, value: float) -> float:
+        """The inverse of `standardise`: in the answers' own units."""
         return value * self.deviation + self.mean
 
 

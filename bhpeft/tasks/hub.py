@@ -11,6 +11,7 @@ from bhpeft.tasks.layouts import Row, class_name, column, text
 
 
 def with_place(rows: Iterable[dict[str, Any]], source: str) -> Iterator[Row]:
+    """Each row with where it stands, for messages: "SOURCE row I", I from 0."""
     return ((f"{source} row {i}", row) for i, row in enumerate(rows))
 
 

@@ -52,6 +52,7 @@ class KnownDataset:
 
     @property
     def hub_name(self) -> str:
+        """The hub id, with its configuration where it has one."""
         return f"{self.hub_id} {self.hub_config}" if self.hub_config else self.hub_id
 
 
