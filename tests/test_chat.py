@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -300,7 +301,8 @@ def terminal(tmp_path):
     def open_terminal(*flags):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb"}
         words = [str(ROOT / "demo/chat.py"), *map(str, flags)]
-        child = pexpect.spawn(sys.executable, words, env=environment, cwd=str(tmp_path), encoding="utf-8", timeout=90)
+        how = {"env": environment, "cwd": str(tmp_path), "encoding": "utf-8", "timeout": 90}
+        child = pexpect.spawn(sys.executable, words, preexec_fn=heed_interrupts, **how)
         child.setecho(False)
         opened.append(child)
         return child
@@ -308,6 +310,11 @@ def terminal(tmp_path):
     yield open_terminal
     for child in opened:
         child.close(force=True)
+
+
+def heed_interrupts():
+    """A suite that runs in the background of a script hands down that Ctrl-C is ignored; at a terminal it is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_talking_in_a_terminal(terminal, saved, tmp_path):
