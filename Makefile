@@ -31,7 +31,7 @@ lint: .venv/test-ready
 	$(RUN) ruff check .
 
 docs: .venv/docs-ready
-	$(RUN) python -m pdoc --docformat google -o docs/api bhpeft
+	$(RUN) python -m pdoc --docformat google -o docs/api bhpeft '!bhpeft.web_chat'  # it needs Gradio
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
