@@ -36,6 +36,13 @@ from bhpeft.tasks.card import TaskCard
 ROUNDS_STATE = "rounds.json"  # in the folder of a run in rounds: which of them are finished
 
 
+# Flags that only say how another one is done. A recipe may hold them while a flag switches the other off: no error.
+IDLE_WITHOUT = {
+    **dict.fromkeys(("temperature", "top_k", "top_p"), "do_sample"),
+    **dict.fromkeys(("ood_data_path", "max_ood_samples"), "ood_dataset_name"),
+}
+
+
 @dataclass
 class Run:
     """All settings of one run, and the one-line notes to show before it starts."""
@@ -201,6 +208,9 @@ def _check(run: Run) -> None:
     for name in ("fit_temperature", "validation_file"):
         if getattr(run.data, name) and not run.training.do_eval:
             raise InputError(f"--{name}: is about validation rows; give --do_eval as well")
+    for name, needed in IDLE_WITHOUT.items():
+        if name in run.given and not getattr(run.data, needed):
+            run.notes.append(f"--{name}: has no effect without --{needed}")
     if not (run.training.do_train or run.training.do_eval or run.training.do_predict):
         raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; switch one on")
 

@@ -83,7 +83,7 @@ def sampling_config(
         top_p: only the likeliest tokens that together have this probability.
     """
     sampled = copy.deepcopy(config)
-    # transformers refuses a whole number of an int, as a slider in a browser gives it.
+    # transformers refuses a temperature that is an int, and a slider in a browser gives 2 for 2.0.
     sampled.update(do_sample=True, temperature=float(temperature), top_k=int(top_k), top_p=float(top_p))
     return sampled
 

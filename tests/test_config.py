@@ -177,6 +177,17 @@ def test_a_flag_beats_what_an_adapter_was_trained_for(tmp_path):
         adopt_task(parse_arguments([*adapter, "--task_type", "regression"]))
 
 
+def test_a_flag_without_effect_is_said():
+    run = parse_arguments([*BASE, "--temperature", "0.7", "--ood_data_path", "x"])
+    said = [note for note in run.notes if "no effect" in note]
+    assert said == [
+        "--temperature: has no effect without --do_sample",
+        "--ood_data_path: has no effect without --ood_dataset_name",
+    ]
+    with_both = parse_arguments([*BASE, "--temperature", "0.7", "--do_sample"])
+    assert not any("no effect" in note for note in with_both.notes)
+
+
 def test_a_lock_left_by_a_killed_compile_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for name, age in (("fresh", 60), ("old", 7200)):
