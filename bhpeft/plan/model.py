@@ -27,6 +27,8 @@ from bhpeft.tasks.known import KNOWN
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights a scale of NF4; scales a scale of the second quantisation (bitsandbytes)
 
+LABELLED = 8  # tokens of a label as text, and by how much rows of one batch differ in length: an estimate
+
 
 @dataclass(frozen=True)
 class Question:
@@ -35,11 +37,13 @@ class Question:
     Attributes:
         head: "lm", or the task type of the model's own head.
         labels: number of classes or choices; 0 where there are none.
+        labelled: most positions of a row that logits are computed at; None for all.
         assumed: what could not be known without reading the rows, in words, or "".
     """
 
     head: str
     labels: int
+    labelled: int | None = None
     assumed: str = ""
 
 
@@ -112,7 +116,8 @@ def question_of(run, config: PretrainedConfig) -> Question:
     if task_type in ("classification", "multiple_choice"):
         labels = labels or 2
     with_head = settle_head(run.base.head, config, task_type)
-    return Question(task_type if with_head else "lm", labels if task_type != "regression" else 0, assumed)
+    labelled = LABELLED if labels and not with_head else None
+    return Question(task_type if with_head else "lm", labels if task_type != "regression" else 0, labelled, assumed)
 
 
 @contextlib.contextmanager
