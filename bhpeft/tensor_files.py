@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bhpeft.errors import InputError
-from bhpeft.files import read_text
+from bhpeft.files import read_json
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "I8": "i1"}
 MOST_HEADER = 100_000_000  # bytes, as the format allows
@@ -39,7 +39,7 @@ class TensorFile:
                 raise ValueError("it is cut short")
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror}); check the folder.") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{self.path}: no whole safetensors file ({error}); save it again.") from None
 
     @property
@@ -78,19 +78,24 @@ class TensorFolder:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                self._parts = dict(json.loads(read_text(index))["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                self._parts = dict(read_json(index, "fetch the model again.")["weight_map"])
+            except (KeyError, TypeError):
                 raise InputError(f"{index}: no index of parts; fetch the model again.") from None
         elif (self.folder / "model.safetensors").is_file():
             self._parts = dict.fromkeys(TensorFile(self.folder / "model.safetensors").names, "model.safetensors")
         else:
-            raise InputError(f"{folder}: no model.safetensors in it (pickled weights are not read here).")
+            raise InputError(f"{folder}: no model.safetensors in it (pickles are not read here); fetch it again.")
         self._files: dict[str, TensorFile] = {}
 
     @property
     def names(self) -> list[str]:
         """Names of the tensors of all parts."""
         return list(self._parts)
+
+    def check(self) -> None:
+        """Raise `InputError` if a part is missing or cut short, by their headers alone."""
+        for name in {part: name for name, part in self._parts.items()}.values():
+            self._file(name)
 
     def _file(self, name: str) -> TensorFile:
         part = self._parts[name]
@@ -104,3 +109,9 @@ class TensorFolder:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._file(name)[name]
+
+
+def check_weights(name: str) -> None:
+    """Raise `InputError` if a base model's folder has no whole safetensors files; a hub id is left to the hub."""
+    if Path(name).is_dir():
+        TensorFolder(name).check()
