@@ -46,7 +46,7 @@ def read_adapter_folder(path: str | Path) -> dict:
     if not file.is_file():
         raise InputError(f"--adapter_path {path}: the folder holds no adapter_config.json; give the adapter's folder")
     try:
-        TensorFile(adapter_weights(path))
+        weights = adapter_weights(path)
     except InputError as error:
         raise InputError(f"--adapter_path {error}") from None
     config = read_json(file, "save the adapter again")
@@ -56,4 +56,5 @@ def read_adapter_folder(path: str | Path) -> dict:
         kind = SAVED_KINDS.get(name)
         if kind and value is not None and not isinstance(value, kind):
             raise InputError(f"{file}: {name} is {value!r:.60}; save the adapter again")
+    TensorFile(weights)
     return config

@@ -157,7 +157,7 @@ def _human_score(path: str | Path, line: int, fields: list[str]) -> HumanScore:
             raise InputError(
                 f"{path}:{line}: {name} is {value.strip()[:40]!r}; give 0, 1, or nothing where not yet judged."
             )
-    return HumanScore(int(fields[0]), fields[1], fields[2], *(_SCORES[value.strip()] for value in fields[3:]))
+    return HumanScore(int(fields[0].strip()), fields[1], fields[2], *(_SCORES[value.strip()] for value in fields[3:]))
 
 
 def annotation_file(outputs: str | Path, annotator: str, folder: str | Path | None = None) -> Path:
@@ -230,7 +230,9 @@ def _typed(texts: list[str], exact: bool) -> list[Any]:
             values = [kind(text) if text or kind is int else math.nan for text in texts]
         except ValueError:
             continue
-        if not exact or all(text in ("", str(value)) for text, value in zip(texts, values, strict=True)):
+        if not exact or all(
+            text == "" or text == str(value) != "nan" for text, value in zip(texts, values, strict=True)
+        ):
             return values
     return texts if exact or set(texts) - {"True", "False"} else [text == "True" for text in texts]
 

@@ -6,6 +6,7 @@ The format: eight bytes with the length of a JSON header, the header (name -> dt
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,12 @@ class TensorFile:
             self._start = 8 + length
             if max((entry["data_offsets"][1] for entry in self._entries.values()), default=0) + self._start > size:
                 raise ValueError("it is cut short")
+            for name, entry in self._entries.items():
+                if not _consistent(entry):
+                    raise ValueError(f"its header is wrong about {name}")
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror}); check the folder.") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{self.path}: no whole safetensors file ({error}); save it again.") from None
 
     @property
@@ -64,6 +68,15 @@ class TensorFile:
         if entry["dtype"] == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32) if entry["dtype"] == "F16" else values
+
+
+def _consistent(entry: dict) -> bool:
+    """Whether a tensor's place in the file is as large as its shape says."""
+    shape, (first, last) = entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)) or first > last:
+        return False
+    dtype = DTYPES.get(entry["dtype"])
+    return dtype is None or last - first == math.prod(shape) * np.dtype(dtype).itemsize
 
 
 class TensorFolder:

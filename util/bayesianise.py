@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bhpeft.adapter_files import read_adapter_folder
 from bhpeft.errors import InputError, Parser, run_main
 
 
@@ -47,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--samples must be 2 or more, and --max_rows 1 or more")
     if args.tolerance is not None and not args.tolerance >= 0:
         raise InputError(f"--tolerance {args.tolerance}: must be 0 or more")
+
+    from bhpeft.adapter_files import read_adapter_folder
 
     read_adapter_folder(args.adapter)
     quieten()

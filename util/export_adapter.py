@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bhpeft.adapter_files import read_adapter_folder
 from bhpeft.errors import InputError, Parser, run_main
 
 
@@ -40,6 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.to == "lora" and (args.base_model or args.dtype):
         raise InputError("--base_model and --dtype: only with --to merged; the export takes the adapter's files alone")
+
+    from bhpeft.adapter_files import read_adapter_folder
 
     read_adapter_folder(args.adapter)
     quieten()
