@@ -35,7 +35,7 @@ def adapter_weights(folder: str | Path) -> Path:
 
 
 def read_adapter_folder(path: str | Path) -> dict:
-    """The saved configuration of an adapter folder whose files are whole.
+    """The saved configuration of an adapter folder.
 
     Raises:
         InputError: no such folder, no adapter in it, or a file of it that cannot be read.
@@ -46,7 +46,7 @@ def read_adapter_folder(path: str | Path) -> dict:
     if not file.is_file():
         raise InputError(f"--adapter_path {path}: the folder holds no adapter_config.json; give the adapter's folder")
     try:
-        weights = adapter_weights(path)
+        adapter_weights(path)
     except InputError as error:
         raise InputError(f"--adapter_path {error}") from None
     config = read_json(file, "save the adapter again")
@@ -56,5 +56,10 @@ def read_adapter_folder(path: str | Path) -> dict:
         kind = SAVED_KINDS.get(name)
         if kind and value is not None and not isinstance(value, kind):
             raise InputError(f"{file}: {name} is {value!r:.60}; save the adapter again")
-    TensorFile(weights)
     return config
+
+
+def check_adapter_folder(path: str | Path) -> None:
+    """Raise `InputError` for what can be wrong with an adapter's folder and be seen before torch is imported."""
+    read_adapter_folder(path)
+    TensorFile(adapter_weights(path))

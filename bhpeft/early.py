@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from bhpeft.adapter_files import read_adapter_folder
+from bhpeft.adapter_files import check_adapter_folder
 from bhpeft.arguments import OWN_CLASSES, DataArguments
 from bhpeft.flags import FlagParser, command_words
 from bhpeft.results import check_run_name
@@ -70,7 +70,7 @@ def check_early(argv: list[str] | None = None) -> None:
     if doing.run_name is not None:
         check_run_name(doing.run_name)
     if adapter.adapter_path:
-        read_adapter_folder(adapter.adapter_path)
+        check_adapter_folder(adapter.adapter_path)
         TaskCard.read(adapter.adapter_path)
     elif not plan.plan and not rounds.on and _small_files(data):
         load_task(data, doing.data_seed, doing.do_eval, doing.do_train)

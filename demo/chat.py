@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from classify import PRECISIONS, quieten  # noqa: E402
 
-from bhpeft.adapter_files import read_adapter_folder  # noqa: E402
+from bhpeft.adapter_files import check_adapter_folder  # noqa: E402
 from bhpeft.annotation_terminal import printable  # noqa: E402
 from bhpeft.errors import InputError, Parser, nearest, run_main  # noqa: E402
 
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.web and importlib.util.find_spec("gradio") is None:
         raise InputError("--web: Gradio is not installed; pip install -r requirements-web.txt, or leave --web out")
     if args.adapter_path is not None:
-        read_adapter_folder(args.adapter_path)
+        check_adapter_folder(args.adapter_path)
 
     from bhpeft.chat_setup import ChatArguments, open_chat  # torch: not before the folder is known to be whole
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from bhpeft.adapter_files import read_adapter_folder  # noqa: E402
+from bhpeft.adapter_files import check_adapter_folder  # noqa: E402
 from bhpeft.errors import InputError, Parser, run_main  # noqa: E402
 from bhpeft.files import csv_line, write_rows  # noqa: E402
 from bhpeft.scores import entropy, probabilities  # noqa: E402
@@ -127,7 +127,7 @@ def find_adapter(args: argparse.Namespace) -> Trained:
     from bhpeft.tasks.card import FILE, TaskCard
 
     folder = args.adapter_path
-    read_adapter_folder(folder)
+    check_adapter_folder(folder)
     card = TaskCard.read(folder)
     if card is None:
         raise InputError(

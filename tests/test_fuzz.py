@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save as save_tensors
 
 from bhpeft import results
-from bhpeft.adapter_files import read_adapter_folder
+from bhpeft.adapter_files import check_adapter_folder, read_adapter_folder
 from bhpeft.combine import read_member
 from bhpeft.errors import InputError
 from bhpeft.files import csv_line, read_rows, write_atomic
@@ -277,7 +277,7 @@ READERS: dict[str, tuple[str, Callable, list]] = {  # name -> (suffix, reader, g
     "task card": ("", in_folder(TaskCard.read, "task.json"), [json.dumps(bad_world.CARD)]),
     "adapter's configuration": ("", in_folder(read_adapter_folder, "adapter_config.json",
                                               adapter_model__safetensors=TENSORS), [LORA]),
-    "adapter's weights": ("", in_folder(read_adapter_folder, "adapter_model.safetensors", adapter_config__json=LORA),
+    "adapter's weights": ("", in_folder(check_adapter_folder, "adapter_model.safetensors", adapter_config__json=LORA),
                           [TENSORS]),
     "tensors": ("", read_tensors, [TENSORS]),
 }  # fmt: skip

@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.tolerance is not None and not args.tolerance >= 0:
         raise InputError(f"--tolerance {args.tolerance}: must be 0 or more")
 
-    from bhpeft.adapter_files import read_adapter_folder
+    from bhpeft.adapter_files import check_adapter_folder
 
-    read_adapter_folder(args.adapter)
+    check_adapter_folder(args.adapter)
     quieten()
     from bhpeft.bayesianise import bayesianise  # torch: not before the flags are known to be right
 

@@ -40,9 +40,9 @@ def main() -> None:
     if args.to == "lora" and (args.base_model or args.dtype):
         raise InputError("--base_model and --dtype: only with --to merged; the export takes the adapter's files alone")
 
-    from bhpeft.adapter_files import read_adapter_folder
+    from bhpeft.adapter_files import check_adapter_folder
 
-    read_adapter_folder(args.adapter)
+    check_adapter_folder(args.adapter)
     quieten()
     from bhpeft.adapters.export import export_lora, merge_adapter  # torch: not before the flags are known to be right
     from bhpeft.tasks.card import TaskCard
