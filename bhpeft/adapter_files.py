@@ -8,6 +8,7 @@ from bhpeft.errors import InputError
 from bhpeft.files import read_json
 from bhpeft.tensor_files import TensorFile
 
+RUNS_CODE = ("megatron_config", "tokenizer_kwargs")  # of a saved configuration: imports by name, trust_remote_code
 SAVED_KINDS = {  # of a saved configuration's fields, where a wrong one would be found out late
     **dict.fromkeys(("r", "lora_rank", "prefix_length", "num_virtual_tokens", "bn_reduction_factor"), int),
     **dict.fromkeys(("lora_alpha", "lora_dropout", "adapter_scaling", "prior_mu", "prior_sigma"), int | float),
@@ -56,6 +57,10 @@ def read_adapter_folder(path: str | Path) -> dict:
         kind = SAVED_KINDS.get(name)
         if kind and value is not None and not isinstance(value, kind):
             raise InputError(f"{file}: {name} is {value!r:.60}; save the adapter again")
+    if asked := [name for name in RUNS_CODE if config.get(name)]:
+        raise InputError(
+            f"{file}: {asked[0]} has peft import or hand on what a stranger names; not followed here: remove it"
+        )
     return config
 
 

@@ -166,6 +166,10 @@ def make_world(folder: Path, tiny_model: Path, tiny_encoder: Path) -> None:
     (folder / "base_broken/config.json").write_text("{")
     (folder / "base_type").mkdir()
     (folder / "base_type/config.json").write_text('{"model_type": "nosuch"}')
+    shutil.copytree(folder / "base", folder / "base_tokenizer_code")
+    names = {"auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    (folder / "base_tokenizer_code/tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "base_tokenizer_code/mine.py").write_text("open('pwned', 'w')\n")
     (folder / "base_code").mkdir()
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
     (folder / "base_code/config.json").write_text(json.dumps(config))
@@ -201,6 +205,7 @@ def _adapters(at: Path) -> None:
     (at / "no_card/task.json").unlink()
     write_adapter(at / "foreign", {"peft_type": "MAGIC"})
     write_adapter(at / "rank_text", {"r": "eight"})
+    write_adapter(at / "asks_code", {"tokenizer_kwargs": {"trust_remote_code": True}})
     write_adapter(at / "no_base", {"base_model_name_or_path": None})
     write_adapter(at / "other_base", {"base_model_name_or_path": "meta-llama/Llama-2-7b-hf"})
     write_adapter(at / "escape", {"base_model_name_or_path": "../../../etc/passwd"})
