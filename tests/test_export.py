@@ -394,7 +394,7 @@ def test_broken_weights_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be merged into .*NaN"):
         merge_adapter(adapter, tmp_path / "out")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match="no whole safetensors file"):
+    with pytest.raises(InputError, match="cannot be read.*cut short"):
         export_lora(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -23,6 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bhpeft.adapters import attach_adapter
 from bhpeft.base_model import DROPOUTS, HEADS, UNQUANTISED, head_modules, is_encoder, parameter_counts, settle_head
+from bhpeft.environment import DTYPES
 from bhpeft.errors import InputError
 from bhpeft.tasks.known import KNOWN
 
@@ -179,7 +180,7 @@ def check_names(run, config: PretrainedConfig, base_name: str, question: Questio
     if run.adapter.adapter_path or not (run.adapter.target_modules or run.adapter.modules_to_save or attention):
         return
     try:
-        meta_model(run, config, base_name, question, torch.float32)
+        meta_model(run, config, base_name, question, DTYPES[run.precision])
     except (ValueError, ImportError) as error:
         if isinstance(error, InputError) or attention is None:
             raise
