@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bhpeft import environment
 from bhpeft.adapters.carry import Anchor, posterior_to_prior
-from bhpeft.arguments import RoundArguments, TrainerArguments
+from bhpeft.arguments import RoundArguments
 from bhpeft.base_model import parameter_counts
 from bhpeft.config import ROUNDS_STATE
 from bhpeft.errors import InputError
@@ -35,6 +35,7 @@ from bhpeft.record import parameters_line, say
 from bhpeft.report import rounds as report
 from bhpeft.report.answered import Answered
 from bhpeft.tasks import Example
+from bhpeft.trainer_arguments import TrainerArguments
 from bhpeft.training import AdapterTrainer
 
 PATHS = ("dataset_name", "data_path", "test_file", "validation_file", "round_files")  # their rows count, not they
