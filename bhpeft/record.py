@@ -67,6 +67,8 @@ def write_run(
     memory = gather_object([environment.peak_memory_mib()])
     if not environment.is_main_process():
         return None
+    if not files.results_dir.is_dir():
+        say(f"{files.results_dir} was removed while the run went on; it is made again for this run's files")
     report = report_for(task)
     tables = {name: report.predictions(part, task) for name, part in answered.items()}
     figures = {name: report.figures(answered[name], tables[name], task) for name in answered if name != "ood"}
