@@ -22,6 +22,7 @@ from bhpeft.errors import InputError
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # in a run's folder: what is being written into it
 STATE = "trainer_state.json"
+TORN = "SafetensorError|PytorchStreamWriter|inline_container|Parent directory"  # how torch says that a write failed
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def writing(folder: Path):
     except OSError as error:
         why = error.strerror or str(error)
     except Exception as error:  # safetensors and torch's zip writer have errors of their own
-        if not re.search(r"SafetensorError|PytorchStreamWriter|inline_container", f"{type(error).__name__} {error}"):
+        if not re.search(TORN, f"{type(error).__name__} {error}"):
             raise
         why = str(error).splitlines()[0]
     else:

@@ -112,9 +112,12 @@ def steps_taken(monkeypatch) -> list[int]:
     """The steps that are taken, as they are."""
     seen: list[int] = []
     step = AdapterTrainer.training_step
-    monkeypatch.setattr(
-        AdapterTrainer, "training_step", lambda self, *a, **k: (seen.append(self.state.global_step), step(self, *a, **k))[1]
-    )
+
+    def count(self, *args, **kwargs):
+        seen.append(self.state.global_step)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", count)
     return seen
 
 
@@ -186,14 +189,15 @@ def test_resume_in_rounds_is_resume_rounds(learn, capsys):
 
 
 def test_the_best_is_kept_and_is_what_the_run_ends_with(learn, tmp_path):
-    best = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end", "--validation_fraction"]
-    best += [0.2, "--save_total_limit", 1, "--max_steps", 8, "--lr", 0.3]  # so high that the loss soon rises
-    learn("r", *best)
-    state = json.loads(next((tmp_path / "adapters/r").glob("checkpoint-*/" + STATE)).read_text())
-    kept = [step for step, _ in steps(tmp_path / "adapters/r")]
-    losses = {entry["step"]: entry["eval_loss"] for entry in json.loads(
-        (tmp_path / "adapters/r" / f"checkpoint-{kept[-1]}" / STATE).read_text())["log_history"] if "eval_loss" in entry}
-    best_step = min(losses, key=losses.get)
-    assert best_step in kept and state is not None
-    saved = load_file(tmp_path / f"adapters/r/checkpoint-{best_step}/adapter_model.safetensors")
+    best = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end"]
+    best += ["--metric_for_best_model", "loss", "--greater_is_better", "true"]  # the worst, which is not the last
+    learn("r", *best, "--validation_fraction", 0.2, "--save_total_limit", 2, "--lr", 0.3)
+    folder = tmp_path / "adapters/r"
+    kept = [step for step, _ in steps(folder)]
+    state = json.loads((folder / f"checkpoint-{kept[-1]}" / STATE).read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert losses.keys() == {2, 4, 6, 8}
+    most = max(losses, key=losses.get)
+    assert most < 8 and kept == [most, 6, 8] and state["best_model_checkpoint"] == f"adapters/r/checkpoint-{most}"
+    saved = load_file(folder / f"checkpoint-{most}/adapter_model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in weights("r").items())

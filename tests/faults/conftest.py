@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -17,8 +18,8 @@ from safetensors.torch import load_file
 
 ALONE = [sys.executable]
 SHARDED = ["accelerate", "launch", "--config_file", ROOT / "ds_zero3_cpu.yaml", "--num_processes", 2]
-SHARDED += ["--main_process_port", 0]
-MULTINODE = ["accelerate", "launch", "--config_file", ROOT / "ds_zero3_multinode.yaml"]
+SHARDED += ["--main_process_port", 0, "--mixed_precision", "no"]  # fp32: 16 bit make a difference of any other
+MULTINODE = ["accelerate", "launch", "--config_file", ROOT / "ds_zero3_multinode.yaml", "--mixed_precision", "no"]
 LIMIT = 240  # seconds a run may take, on a machine that does other things as well
 
 
@@ -139,20 +140,29 @@ def command(tiny_encoder, tmp_path_factory):
     return words
 
 
+class Whole(NamedTuple):
+    """A run that was left alone: its folder, the seconds from its first logged step to its last, and from there on."""
+
+    folder: Path
+    training: float
+    answering: float
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(command, tmp_path_factory):
-    """`uninterrupted(launcher)`: (folder, seconds from the first logged step to the end) of a run left alone."""
-    made: dict[str, tuple[Path, float]] = {}
+    """`uninterrupted(launcher)` gives its `Whole`, made once."""
+    made: dict[str, Whole] = {}
 
-    def run(launcher: list) -> tuple[Path, float]:
+    def run(launcher: list) -> Whole:
         name = Path(launcher[0]).name
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            started = Started(command(launcher), folder)
-            assert started.until_trains(), started.said[-3000:]
-            begun = time.monotonic()
+            started, times = Started(command(launcher), folder), []
+            for mark in ("'loss'", "train_runtime"):
+                assert started.until(lambda mark=mark: mark in started.said, every=0.02), started.said[-3000:]
+                times.append(time.monotonic())
             assert started.end() == 0, started.said[-3000:]
-            made[name] = folder, time.monotonic() - begun
+            made[name] = Whole(folder, times[1] - times[0], time.monotonic() - times[1])
         return made[name]
 
     return run

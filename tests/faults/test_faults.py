@@ -17,6 +17,7 @@ from bhpeft.results import check_descriptions, read_metrics, read_predictions
 
 from .conftest import ALONE, MULTINODE, SHARDED, contents, difference
 
+ROUNDING = 1e-5  # fp32, over 24 steps of 0.01
 faults = pytest.mark.faults
 pytestmark = pytest.mark.timeout(900)
 
@@ -42,7 +43,7 @@ def small_disk(tmp_path):
 
 
 def test_sigterm_saves_and_ends_with_a_code_of_its_own(command, start, uninterrupted, tmp_path):
-    whole, _ = uninterrupted(ALONE)
+    whole = uninterrupted(ALONE)
     run = start(command(ALONE, "--save_steps", 1000), tmp_path)
     assert run.until_trains()
     run.process.send_signal(signal.SIGTERM)
@@ -53,13 +54,13 @@ def test_sigterm_saves_and_ends_with_a_code_of_its_own(command, start, uninterru
     assert "Traceback" not in run.said and not (tmp_path / "results/metrics/r.json").exists()
     resumed = start(command(ALONE, "--save_steps", 1000, "--resume"), tmp_path)
     assert resumed.end() == 0 and f"behind step {step}" in resumed.said
-    assert difference(whole, tmp_path) == 0
+    assert difference(whole.folder, tmp_path) == 0
 
 
 @faults
 @pytest.mark.parametrize("to", ["launcher", "one rank"])
 def test_sigterm_to_some_of_it_saves_on_all_ranks(to, command, start, uninterrupted, tmp_path):
-    whole, _ = uninterrupted(SHARDED)
+    whole = uninterrupted(SHARDED)
     run = start(command(SHARDED, "--save_steps", 1000), tmp_path)
     assert run.until_trains()
     (run.process if to == "launcher" else run.rank(1)).send_signal(signal.SIGTERM)
@@ -69,13 +70,15 @@ def test_sigterm_to_some_of_it_saves_on_all_ranks(to, command, start, uninterrup
     assert not (tmp_path / "results/metrics/r.json").exists()
     resumed = start(command(SHARDED, "--save_steps", 1000, "--resume"), tmp_path)
     assert resumed.end() == 0 and f"behind step {step}" in resumed.said
-    assert difference(whole, tmp_path) <= 1e-6
+    found = difference(whole.folder, tmp_path)
+    print(f"SIGTERM to {to} at step {step}: largest weight difference {found}")
+    assert found <= ROUNDING
 
 
 @faults
 @pytest.mark.parametrize("dies", [0, 1])
 def test_one_rank_dies_and_the_other_says_so_within_a_minute(dies, command, start, uninterrupted, tmp_path):
-    whole, _ = uninterrupted(SHARDED)
+    whole = uninterrupted(SHARDED)
     run = start(command(SHARDED), tmp_path)
     assert run.until_trains()
     ranks = [run.rank(0), run.rank(1)]
@@ -87,7 +90,7 @@ def test_one_rank_dies_and_the_other_says_so_within_a_minute(dies, command, star
     assert any("has lost another rank" in line for line in run.errors), run.said[-4000:]
     resumed = start(command(SHARDED, "--resume"), tmp_path)
     assert resumed.end() == 0, resumed.said[-3000:]
-    assert difference(whole, tmp_path) <= 1e-6
+    assert difference(whole.folder, tmp_path) <= ROUNDING
 
 
 # ------------------------------------------------------------------------------------------------------ the disk
@@ -96,7 +99,7 @@ def test_one_rank_dies_and_the_other_says_so_within_a_minute(dies, command, star
 @faults
 @pytest.mark.parametrize("launcher", [ALONE, SHARDED], ids=["alone", "sharded"])
 def test_a_full_disk_is_said_and_what_was_there_stays(launcher, command, start, uninterrupted, small_disk, tmp_path):
-    whole, _ = uninterrupted(launcher)
+    whole = uninterrupted(launcher)
     disk = small_disk.folder
     earlier = start(command(ALONE, "--run_name", "earlier", "--epochs", 1), disk)
     assert earlier.end() == 0
@@ -116,14 +119,12 @@ def test_a_full_disk_is_said_and_what_was_there_stays(launcher, command, start, 
     assert {name: content for name, content in contents(disk).items() if name in before} == before
     resumed = start(command(launcher, "--resume"), disk)
     assert resumed.end() == 0, resumed.said[-3000:]
-    assert difference(whole, disk) <= (0 if launcher == ALONE else 1e-6)
+    assert difference(whole.folder, disk) <= (0 if launcher == ALONE else ROUNDING)
 
 
 @faults
 @pytest.mark.parametrize("flag", ["--results_dir", "--output_dir"])
-def test_a_read_only_folder_is_said_before_a_model_is_loaded(
-    flag, command, start, small_disk, tmp_path
-):
+def test_a_read_only_folder_is_said_before_a_model_is_loaded(flag, command, start, small_disk, tmp_path):
     (small_disk.folder / "other").write_text("whole")
     assert small_disk("remount,ro").returncode == 0
     run = start(command(ALONE, flag, small_disk.folder / "there"), tmp_path)
@@ -135,19 +136,19 @@ def test_a_read_only_folder_is_said_before_a_model_is_loaded(
 
 @faults
 def test_a_results_folder_that_vanishes_is_made_again_and_said(command, start, uninterrupted, tmp_path):
-    whole, _ = uninterrupted(ALONE)
+    whole = uninterrupted(ALONE)
     run = start(command(ALONE), tmp_path)
     assert run.until_trains()
     shutil.rmtree(tmp_path / "results")
     assert run.end() == 0
     assert "results was removed while the run went on" in run.said
-    assert sorted(contents(tmp_path / "results")) == sorted(contents(whole / "results"))
-    assert difference(whole, tmp_path) == 0
+    assert sorted(contents(tmp_path / "results")) == sorted(contents(whole.folder / "results"))
+    assert difference(whole.folder, tmp_path) == 0
 
 
 @faults
 def test_an_adapters_folder_that_vanishes_is_made_again(command, start, uninterrupted, tmp_path):
-    whole, _ = uninterrupted(ALONE)
+    whole = uninterrupted(ALONE)
     run = start(command(ALONE), tmp_path)
     assert run.until_trains()
     shutil.rmtree(tmp_path / "adapters", ignore_errors=True)
@@ -155,7 +156,7 @@ def test_an_adapters_folder_that_vanishes_is_made_again(command, start, uninterr
     if code:  # it vanished while a checkpoint was written
         assert len(run.errors) == 1 and "Traceback" not in run.said
         assert start(command(ALONE, "--resume"), tmp_path).end() == 0
-    assert difference(whole, tmp_path) == 0
+    assert difference(whole.folder, tmp_path) == 0
 
 
 # ------------------------------------------------------------------------------------------------ two at a time
@@ -197,6 +198,9 @@ def test_the_lock_of_a_killed_run_is_named_and_taken_over(command, start, tmp_pa
 
 @faults
 def test_two_machines_save_once_and_another_number_of_ranks_goes_on(command, start, tmp_path):
+    same = ["--adapter_name", "lora", "--base_dropout", 0]  # nothing at random,
+    same += ["--max_train_samples", 56]  # and no last step of an epoch that ranks fill up with other rows
+
     def on_two(where: str, *flags) -> list:
         """Two launchers, as on two machines: each with its own working folder and cache of models."""
         with socket.socket() as free:
@@ -205,7 +209,7 @@ def test_two_machines_save_once_and_another_number_of_ranks_goes_on(command, sta
         runs = []
         for rank in (0, 1):
             own = ["--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
-            words = command([*MULTINODE, *own], "--adapter_name", "lora", *flags)
+            words = command([*MULTINODE, *own], *same, *flags)
             home = tmp_path / f"{where}{rank}"
             runs.append(start(words, home, HF_HOME=str(home / "cache"), TORCHELASTIC_ERROR_FILE=str(home / "cache/e")))
         return runs
@@ -221,13 +225,12 @@ def test_two_machines_save_once_and_another_number_of_ranks_goes_on(command, sta
     for machine in ("whole1", "cut1"):
         assert [name for name in contents(tmp_path / machine) if not name.startswith("cache/")] == []
     shutil.copytree(tmp_path / "cut0", tmp_path / "one", ignore=shutil.ignore_patterns("said-*"))
-    flags = ["--adapter_name", "lora", "--batch_size", 8, "--resume"]
-    one = start(command([*SHARDED, "--num_processes", 1], *flags), tmp_path / "one")
+    one = start(command([*SHARDED, "--num_processes", 1], *same, "--batch_size", 8, "--resume"), tmp_path / "one")
     assert one.end() == 0, one.said[-3000:]
     assert "it was made by 2 ranks and there are 1" in one.said
     for run in on_two("cut", "--resume"):  # machine 1 is given the checkpoint
         assert run.end() == 0, run.said[-3000:]
-    for name, most in (("one", 5e-3), ("cut0", 1e-6)):  # bf16: sums over fewer ranks are rounded otherwise
+    for name in ("one", "cut0"):
         found = difference(tmp_path / "whole0", tmp_path / name)
         print(f"gone on with in {name}: largest weight difference {found}")
-        assert found <= most
+        assert found <= ROUNDING
