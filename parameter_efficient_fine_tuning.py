@@ -37,7 +37,7 @@ from bhpeft.plan.report import print_plan
 from bhpeft.prediction import check_do_sample, greedy_config, sampling_config
 from bhpeft.record import parameters_line, say, write_run
 from bhpeft.results import RunFiles
-from bhpeft.resume import alone, check_unfinished, clear, find, refuse_if_running, settings_of
+from bhpeft.resume import alone, check_launch, check_unfinished, clear, find, refuse_if_running, settings_of
 from bhpeft.rounds import learn_in_rounds
 from bhpeft.tasks import load_task
 from bhpeft.tasks.encoding import Collator
@@ -132,6 +132,8 @@ def prepare(run: Run) -> Job:
     job = Job(run, files, task, plan, base_name, with_head, in_4bit, tokenizer, encoder, *rows)
     if run.output.resume and not plan:
         training.resume_from_checkpoint = find(job)
+    elif training.resume_from_checkpoint:
+        check_launch(training.resume_from_checkpoint)
     return job
 
 

@@ -63,6 +63,14 @@ def check_same(was: dict, now: dict, where: str, but: tuple[str, ...] = ()) -> N
             )
 
 
+def check_launch(checkpoint: str) -> None:
+    """Raise `InputError` if a checkpoint was made under ZeRO-3 and this is not, or the other way round."""
+    was = (read_manifest(Path(checkpoint))["settings"] or {}).get("zero3")
+    if was is not None and was != is_deepspeed_zero3_enabled():
+        how = "under ZeRO-3, by accelerate launch" if was else "without ZeRO-3, not by accelerate launch"
+        raise InputError(f"{checkpoint}: was made {how}; start the run in the same way")
+
+
 def find(job: Job) -> str | None:
     """The checkpoint that `--resume` goes on from, whole and of this run; None where there is none.
 
@@ -77,9 +85,7 @@ def find(job: Job) -> str | None:
         say(f"{folder}: no whole checkpoint; beginning at the beginning")
         return None
     was, now = read_manifest(Path(checkpoint))["settings"] or {}, settings_of(job)
-    if was.get("zero3") != now["zero3"]:
-        how = "by accelerate launch, sharded" if was.get("zero3") else "without sharding"
-        raise InputError(f"--resume: {checkpoint} was made {how}; start the run in the same way")
+    check_launch(checkpoint)
     rows, rows_now = (math.prod(of.get(name) or 1 for name in SPREAD) for of in (was, now))
     if rows != rows_now:
         raise InputError(

@@ -175,6 +175,19 @@ def test_resume_begins_where_there_is_nothing_and_refuses_what_is_not_the_same_r
     learn("r", "--resume", "--batch_size", 4, "--gradient_accumulation_steps", 2)
 
 
+def test_a_checkpoint_of_ranks_is_not_gone_on_from_by_one_process(learn, tmp_path):
+    learn("r")
+    folder = tmp_path / "adapters/r/checkpoint-8"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["settings"]["zero3"] is False
+    manifest["settings"]["zero3"] = True
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    cut("r", tmp_path)
+    for flags in (["--resume"], ["--resume_from_checkpoint", "adapters/r/checkpoint-8"]):
+        with pytest.raises(InputError, match="was made under ZeRO-3, by accelerate launch; start the run in the same"):
+            learn("r", *flags)
+
+
 def test_an_overwriting_run_leaves_nothing_of_the_one_before_to_go_on_from(learn, tmp_path):
     learn("r")
     learn("r", "--overwrite", "--max_steps", 2)
