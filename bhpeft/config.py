@@ -156,6 +156,8 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
     if output.smoke:
         _make_small(run)
     _check(run)
+    if training.do_train and base.attn_implementation is None:
+        base.attn_implementation = environment.training_attention(precision, data.max_length)
     return run
 
 

@@ -14,7 +14,6 @@ from bhpeft.report_data import Answers, RunFacts, answers_of, shared_rows
 MOST_PAIRS = 10  # compared each with each; of more runs, the best with each of the others
 
 
-
 @dataclass
 class Comparison:
     """Two runs over the same test rows, in sentences."""

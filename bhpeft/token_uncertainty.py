@@ -60,4 +60,3 @@ def token_uncertainty(
     entropy = torch.special.entr(mean).sum(-1)
     information = (entropy - expected).clamp(min=0)  # rounding may go below
     return TokenUncertainty(entropy.tolist(), information.tolist(), samples, mean.shape[-1])
-

@@ -59,6 +59,14 @@ def test_unknown_architecture_is_refused_and_target_modules_is_the_mend():
     check_adapter(AdapterArguments(target_modules=["attn"]), config, "x")
 
 
+def test_all_linear_is_every_linear_layer_but_the_head():
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    with torch.device("meta"):
+        model = attach_adapter(on_meta(config), AdapterArguments(target_modules=["all-linear"]), "x")
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert found == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_prompt_tuning_starts_from_the_embeddings_of_its_text(tiny_model):
     from transformers import AutoTokenizer
 

@@ -202,3 +202,16 @@ def test_a_lock_left_by_a_killed_compile_is_named(tmp_path, monkeypatch):
         environment.check_compiler(training)
     (tmp_path / "old/lock").unlink()
     environment.check_compiler(training)
+
+
+def test_training_in_bf16_on_a_cpu_takes_plain_attention_unless_it_is_told_or_texts_are_long(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def chosen(*flags: str) -> str | None:
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)  # the one before left it
+        return parse_arguments([*BASE, *flags]).base.attn_implementation
+
+    assert chosen("--bf16", "--max_length", "256") == "eager"
+    assert chosen("--bf16", "--max_length", "257") is None
+    assert chosen("--max_length", "64") is None
+    assert chosen("--bf16", "--attn_implementation", "sdpa") == "sdpa"

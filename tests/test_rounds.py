@@ -201,7 +201,7 @@ def test_two_rounds_of_posterior_to_prior_are_the_conjugate_update():
             optimizer.zero_grad()
             sigma = layer.g**2
             expected = ((y - x @ layer.mu[0]) ** 2 + x**2 @ sigma[0] ** 2).sum() / (2 * s**2)
-            loss = expected + gaussian_kl(layer.mu, sigma, layer.prior_mu, layer.prior_sigma)
+            loss = expected + gaussian_kl(layer.mu, layer.g, layer.prior_mu, layer.prior_sigma)[0]
             loss.backward()
             return loss
 

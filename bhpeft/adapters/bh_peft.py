@@ -232,5 +232,6 @@ def nll_gradient_norm(model: nn.Module) -> torch.Tensor:
 def mean_sigma(model: nn.Module) -> torch.Tensor:
     """Mean standard deviation of all Gaussian weights, each matrix by its size, in the last forward pass."""
     layers = [layer for layer in gaussian_layers(model) if layer.mean_sigma is not None]
-    sizes = [layer.in_features * layer.out_features for layer in layers]
-    return sum(layer.mean_sigma * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    means = torch.stack([layer.mean_sigma for layer in layers])
+    sizes = means.new_tensor([layer.in_features * layer.out_features for layer in layers])
+    return (means @ sizes) / sizes.sum()

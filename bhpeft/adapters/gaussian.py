@@ -23,25 +23,45 @@ SPREAD = 0.05  # e: g starts in (e / sqrt 2, e), so sigma in (e^2 / 2, e^2)
 FLOOR = 1e-12  # sigma is kept above it inside the logarithm
 
 
-def gaussian_kl(
-    mu: torch.Tensor, sigma: torch.Tensor, prior_mu: torch.Tensor, prior_sigma: torch.Tensor
-) -> torch.Tensor:
-    """KL(N(mu, sigma^2) || N(prior_mu, prior_sigma^2)) summed over all entries, a scalar in nats, in closed form."""
-    ratio = (sigma.clamp(min=FLOOR) / prior_sigma) ** 2
-    return 0.5 * (ratio + ((mu - prior_mu) / prior_sigma) ** 2 - 1 - ratio.log()).sum()
+class _GaussianKL(torch.autograd.Function):
+    """KL(N(mu, g^4) || N(prior_mu, prior_sigma^2)) with its gradient in closed form, which costs a third of autograd's:
 
-
-def gaussian_kl_gradient_square(
-    mu: torch.Tensor, g: torch.Tensor, prior_mu: torch.Tensor, prior_sigma: torch.Tensor
-) -> torch.Tensor:
-    """|d KL / d (mu, g)|^2 with sigma = g^2, a scalar, in closed form:
-
-    d KL / d mu = (mu - prior_mu) / prior_sigma^2,   d KL / d g = 2 g (sigma / prior_sigma^2 - 1 / sigma)
+    d KL / d mu = (mu - prior_mu) / prior_sigma^2,   d KL / d g = 2 g (sigma^2 / prior_sigma^2 - 1) / sigma
     """
-    sigma = (g**2).clamp(min=FLOOR)
-    by_mu = (mu - prior_mu) / prior_sigma**2
-    by_g = 2 * g * (sigma / prior_sigma**2 - 1 / sigma)
-    return by_mu.square().sum() + by_g.square().sum()
+
+    @staticmethod
+    def forward(ctx, mu, g, prior_mu, prior_sigma):
+        mu, g = (tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in (mu, g))
+        sigma = (g * g).clamp_(min=FLOOR)
+        precision = prior_sigma.to(mu.dtype).square().reciprocal_()
+        distance = mu - prior_mu
+        by_mu = distance * precision
+        ratio = sigma.square() * precision
+        kl = 0.5 * (torch.dot(distance.flatten(), by_mu.flatten()) + (ratio - ratio.log()).sum() - mu.numel())
+        by_g = (2 * g) * (ratio - 1) / sigma
+        square = torch.dot(by_mu.flatten(), by_mu.flatten()) + torch.dot(by_g.flatten(), by_g.flatten())
+        ctx.save_for_backward(by_mu, by_g)  # of its own making: the parameters' storage is freed by ZeRO-3
+        ctx.mark_non_differentiable(square)
+        return kl, square
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        by_mu, by_g = ctx.saved_tensors
+        return gradient * by_mu, gradient * by_g, None, None
+
+
+def gaussian_kl(
+    mu: torch.Tensor, g: torch.Tensor, prior_mu: torch.Tensor, prior_sigma: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(N(mu, g^4) || N(prior_mu, prior_sigma^2)) summed over all entries, in nats, in closed form.
+
+    Args:
+        mu, g, prior_mu, prior_sigma: tensors of one shape; sigma = g^2.
+
+    Returns:
+        The KL, a scalar with a gradient by mu and g; and the square of that gradient's norm, a scalar without one.
+    """
+    return _GaussianKL.apply(mu, g, prior_mu, prior_sigma)
 
 
 class PointLinear(nn.Module):
@@ -113,13 +133,13 @@ class GaussianLinear(nn.Module):
             return nn.functional.linear(x.to(self.mu.dtype), self.mu, self.bias)
         # Copies: autograd must not save the parameters themselves, whose storage ZeRO-3 frees after this forward.
         mu, g = self.mu.clone(), self.g.clone()
-        sigma = g**2
+        sigma = g * g
         x = x.to(mu.dtype)
         if self.training and torch.is_grad_enabled():
-            self._keep_kl()
-            self.mean_sigma = sigma.detach().float().mean()
+            self.kl, self.kl_gradient_square = gaussian_kl(self.mu, self.g, self.prior_mu, self.prior_sigma)
+            self.mean_sigma = sigma.detach().mean(dtype=torch.float32)
             self.nll_gradient_square = None
-            for copy in (mu, g):  # the KL has copies of its own, so what flows back here is the rest of the loss
+            for copy in (mu, g):  # the KL has taken the parameters, so what flows back here is the rest of the loss
                 copy.register_hook(self._note_gradient)
             y = self._flipout(x, mu, sigma, batch)
         elif self.eps is not None:
@@ -128,14 +148,9 @@ class GaussianLinear(nn.Module):
             y = nn.functional.linear(x, mu)
         return y if self.bias is None else y + self.bias
 
-    def _keep_kl(self) -> None:
-        mu, g = self.mu.clone().float(), self.g.clone().float()
-        prior = self.prior_mu.float(), self.prior_sigma.float()
-        self.kl = gaussian_kl(mu, g**2, *prior)
-        self.kl_gradient_square = gaussian_kl_gradient_square(mu.detach(), g.detach(), *prior)
-
     def _note_gradient(self, gradient: torch.Tensor) -> None:
-        square = gradient.detach().float().square().sum()
+        gradient = gradient.detach().float().flatten()
+        square = torch.dot(gradient, gradient)
         before = self.nll_gradient_square
         self.nll_gradient_square = square if before is None else before + square
 
@@ -146,7 +161,7 @@ class GaussianLinear(nn.Module):
         middle = [1] * (x.dim() - 2)
         s = _signs(x.shape[0], *middle, self.in_features, like=x)
         r = _signs(x.shape[0], *middle, self.out_features, like=x)
-        return mean + nn.functional.linear(x * s, sigma * torch.randn_like(sigma)) * r
+        return torch.addcmul(mean, nn.functional.linear(x * s, sigma * torch.randn_like(sigma)), r)
 
     def _draws(self, x: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, batch: int | None) -> torch.Tensor:
         weights = mu + sigma * self.eps.to(mu)  # (S, out, in)
@@ -160,7 +175,7 @@ class GaussianLinear(nn.Module):
 
 def _signs(*shape: int, like: torch.Tensor) -> torch.Tensor:
     """Random -1 and 1, each with probability one half."""
-    return torch.randint(0, 2, shape, device=like.device).to(like.dtype) * 2 - 1
+    return torch.empty(shape, device=like.device, dtype=like.dtype).bernoulli_(0.5).mul_(2).sub_(1)
 
 
 class LowRank(nn.Module):

@@ -7,7 +7,8 @@
 
 Every current transformers model calls the function that `config._attn_implementation` names, with its attention module
 first. The functions registered here look for a `bh_prefix` on that module and call the model's own implementation
-around it. Positions and the KV cache stay as they are: the prefix is put before what the cache returns, each time.
+around it: sdpa twice, for the text and for both. Where attention is "eager", both come of one softmax (`_merged`).
+Positions and the KV cache stay as they are: the prefix is put before what the cache returns, each time.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def _attend(name: str):
         base = _base_attention(module, name)
         site = getattr(module, "bh_prefix", None)
         prefix = site(query.shape[0]) if site is not None else None
+        if name == "eager" and prefix is not None and prefix[2] is not None:
+            return _merged(module, query, key, value, attention_mask, prefix, **kwargs)
         output, weights = None, None
         if prefix is None or prefix[2] is not None:
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
@@ -69,6 +72,48 @@ def _attend(name: str):
         return torch.lerp(output, both, gate.to(output.dtype)[:, None]), weights
 
     return attend
+
+
+def _merged(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gated attention from one softmax over prefix and text, p = [p_p; p_t], with t = sum p_t, the text's share:
+
+        Attn(q, K', V') = p_p V_p + p_t V,   Attn(q, K, V) = p_t V / t
+        out = g p_p V_p + (g + (1 - g) / t) p_t V
+
+    Args:
+        query, key, value: (B, heads or KV heads, L or T, D).
+
+    Returns:
+        (B, L, heads, D), and the text's weights p_t / t (B, heads, L, T).
+    """
+    prefix_key, prefix_value, gate = prefix
+    length = prefix_key.shape[2]
+    mask = widened_mask(module, query, key, mask, length, is_causal)
+    keys = torch.cat([prefix_key.to(key.dtype), key], 2)
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        repeated = (tensor.repeat_interleave(groups, 1) for tensor in (keys, value, prefix_value))
+        keys, value, prefix_value = repeated
+    scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        scores = scores + mask
+    shares = nn.functional.softmax(scores, -1, dtype=torch.float32)
+    rest = shares[..., length:].sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    weights = nn.functional.dropout(shares, dropout, module.training).to(query.dtype)
+    gate = gate.to(torch.float32)[:, None, None]
+    text = weights[..., length:] @ value * (gate + (1 - gate) / rest).to(query.dtype)
+    output = torch.addcmul(text, weights[..., :length] @ prefix_value.to(query.dtype), gate.to(query.dtype))
+    return output.transpose(1, 2), shares[..., length:] / rest
 
 
 def widened_mask(

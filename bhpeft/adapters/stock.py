@@ -35,12 +35,15 @@ def target_modules_for(config: PretrainedConfig) -> list[str]:
 
 
 def lora_config(arguments, config: PretrainedConfig) -> LoraConfig:
-    """LoRA on the architecture's attention projections, or on `--target_modules`."""
+    """LoRA on the architecture's attention projections, or on `--target_modules` ("all-linear": every linear layer but
+    the head's)."""
+    asked = arguments.target_modules
     return LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.target_modules or target_modules_for(config),
+        # peft takes this word alone, not in a list.
+        target_modules="all-linear" if asked == ["all-linear"] else asked or target_modules_for(config),
         # GPT-2's Conv1D keeps its weight transposed; peft's layers must know.
         fan_in_fan_out=config.model_type in ("gpt2",),
     )
