@@ -65,7 +65,9 @@ class AdapterArguments:
     lora_rank: int = option(8, "rank r of the LoRA update (alpha / r) B A")
     lora_alpha: float = option(16.0, "alpha of the LoRA update (alpha / r) B A")
     lora_dropout: float = option(0.0, "dropout on the input of A while training")
-    target_modules: list[str] | None = option(None, "modules LoRA is added to, or all-linear (default: by architecture)")
+    target_modules: list[str] | None = option(
+        None, "names of the modules LoRA is added to, or all-linear (default: by architecture)"
+    )
     modules_to_save: list[str] | None = option(None, "modules of the base trained whole and saved beside the head")
     num_virtual_tokens: int = option(8, "prompt tuning: number of learned token embeddings before the input")
     prompt_init_text: str | None = option(
