@@ -60,7 +60,8 @@ def run_main(main: Callable[[], None]) -> None:
         # Every rank finds the error; one of each machine says it.
         if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "every_rank", False):
             kind = "stopped" if isinstance(error, Stopped) else "error"
-            print(f"{kind}: {error}", file=sys.stderr, flush=True)
+            behind = "\n" if isinstance(error, RunError) else ""  # a progress bar, which has no line end
+            print(f"{behind}{kind}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the first rank to exit has the launcher end the others, the one that speaks among them
         sys.exit(getattr(error, "code", EXIT_BAD_INPUT))

@@ -37,10 +37,16 @@ def wait_for(moment: str, run, whole, folder, chance, attempt: int) -> bool:
     return run.process.poll() is None
 
 
-@pytest.mark.faults
+def every_kill():
+    """All of `make test-faults`; `make test` kills once, one process while it writes a checkpoint."""
+    for how in HOW:
+        for number, moment in enumerate(MOMENTS):
+            quick = (how, number) == ("alone", MOMENTS.index("checkpoint"))
+            yield pytest.param(how, number, marks=() if quick else pytest.mark.faults, id=f"{how}-{number}-{moment}")
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", range(len(MOMENTS)))
-@pytest.mark.parametrize("how", list(HOW))
+@pytest.mark.parametrize(("how", "number"), every_kill())
 def test_a_killed_run_ends_with_the_adapter_of_one_left_alone(
     how, number, command, start, uninterrupted, tmp_path, chance, record_property
 ):
