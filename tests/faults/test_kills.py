@@ -46,7 +46,7 @@ def every_kill():
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("how", "number"), every_kill())
+@pytest.mark.parametrize(("how", "number"), list(every_kill()))
 def test_a_killed_run_ends_with_the_adapter_of_one_left_alone(
     how, number, command, start, uninterrupted, tmp_path, chance, record_property
 ):
