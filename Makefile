@@ -3,7 +3,7 @@
 # make report                                                   results/report.html of all runs so far
 # make test [JOBS=2]                                            all tests, two at a time
 # make test-faults                                              kills real runs, fills disks, mistypes flags; a summary
-# make lint                                                     ruff
+# make lint                                                     ruff, and a search for secrets
 # make docs                                                     docs/api/index.html: the reference, from docstrings
 # Each sets up .venv itself. A GPU build, or another CPU build, of torch: make demo TORCH="torch==2.13.0 ..."
 PYTHON  ?= python3
@@ -33,13 +33,14 @@ test-faults: .venv/test-ready
 
 lint: .venv/test-ready
 	$(RUN) ruff check .
+	$(RUN) python tests/secret_scan.py
 
 docs: .venv/docs-ready
 	$(RUN) python -m pdoc --docformat google -o docs/api bhpeft '!bhpeft.web_chat'  # it needs Gradio
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=78.1.1" wheel $(TORCH)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e .
 	touch $@
 

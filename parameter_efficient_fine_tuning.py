@@ -8,6 +8,12 @@ The way of the data: recipe and flags -> task -> frozen base -> adapter -> train
 
 from __future__ import annotations
 
+from bhpeft.early import check_early
+from bhpeft.errors import InputError, run_main
+
+if __name__ == "__main__":
+    run_main(check_early)  # before the imports below, which take seconds
+
 import dataclasses
 import time
 from pathlib import Path
@@ -16,7 +22,6 @@ from transformers import set_seed
 
 from bhpeft import environment
 from bhpeft.adapters import adopt_settings, attach_adapter, base_model_of, check_adapter, is_bayesian, virtual_tokens
-from bhpeft.arguments import TrainerArguments
 from bhpeft.base_model import (
     check_4bit,
     check_positions,
@@ -29,10 +34,10 @@ from bhpeft.base_model import (
 )
 from bhpeft.calibration import calibrate, check_calibration
 from bhpeft.config import Run, adopt_task, check_output_dir, goes_on, name_run, parse_arguments
-from bhpeft.errors import InputError, run_main
 from bhpeft.fit import fit
 from bhpeft.job import Job, Learned
 from bhpeft.mc_dropout import check_dropout
+from bhpeft.plan.model import Question, check_names
 from bhpeft.plan.report import print_plan
 from bhpeft.prediction import check_do_sample, greedy_config, sampling_config
 from bhpeft.record import parameters_line, say, write_run
@@ -45,6 +50,8 @@ from bhpeft.tasks.ood import encode_ood, read_ood
 from bhpeft.tasks.packing import PackingCollator, check_packing
 from bhpeft.tasks.question import card_of, make_encoder
 from bhpeft.tasks.rounds import load_in_rounds
+from bhpeft.tensor_files import check_weights
+from bhpeft.trainer_arguments import TrainerArguments
 from bhpeft.training import AdapterTrainer
 
 
@@ -111,7 +118,8 @@ def prepare(run: Run) -> Job:
     check_calibration(run, task)
     ood = read_ood(run.data, task, training.data_seed)
     with_head = settle_head(run.base.head, config, task.task_type)
-    check_adapter(run.adapter, config, base_name, task.task_type if with_head else "lm")
+    head = task.task_type if with_head else "lm"
+    check_adapter(run.adapter, config, base_name, head, len(task.labels))
     check_packing(run, config, is_bayesian(run.adapter), with_head)
     check_do_sample(run.data, task)
     tokenizer = load_tokenizer(base_name, run.base.revision, generates=not with_head)
@@ -126,6 +134,8 @@ def prepare(run: Run) -> Job:
     ood_rows = encode_ood(encoder, ood, notes)
     new_tokens = 0 if with_head else run.data.max_new_tokens + virtual_tokens(run.adapter)
     check_positions(config, run.data.max_length + new_tokens)
+    check_names(run, config, base_name, Question(head, len(task.labels)))
+    check_weights(base_name)
     files.prepare()
     say(*notes)
     rows = (train_rows, validation_rows, test_rows, ood, ood_rows)

@@ -288,9 +288,7 @@ def _train(
             torch.cuda.reset_peak_memory_stats()
         rows = _rows(settings, shape, settings.rows * steps, unequal)
         kind = AdapterTrainer if ours else Trainer
-        trainer = kind(
-            model=model, args=arguments, train_dataset=rows, data_collator=Collator(0), callbacks=[Clock()]
-        )
+        trainer = kind(model=model, args=arguments, train_dataset=rows, data_collator=Collator(0), callbacks=[Clock()])
         trainer.train()
     timed = times[2:]
     found = {"step_seconds": statistics.median(timed), "samples_per_second": settings.rows * len(timed) / sum(timed)}

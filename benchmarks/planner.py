@@ -75,6 +75,7 @@ def trainer_words(model: Path, rows: Path, folder: Path, length: int, flags: lis
     words = [*launch, ROOT / "parameter_efficient_fine_tuning.py", "--base_model", model, "--dataset_name", rows]
     words += ["--run_name", "run", "--results_dir", folder / "results", "--output_dir", folder / "adapter"]
     words += ["--max_length", length, "--long_prompts", "truncate", "--max_steps", 3, "--do_predict", "false"]
+    words += ["--labels", "yes", "no"]  # without them a plan takes every token for labelled
     words += ["--save_strategy", "no", "--disable_tqdm", "true", *flags]
     return list(map(str, words))
 

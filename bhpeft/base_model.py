@@ -90,10 +90,16 @@ def load_config(name: str, revision: str = "main") -> PretrainedConfig:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         hint = " It is an adapter: give it as --adapter_path" if (Path(name) / "adapter_config.json").is_file() else ""
         raise InputError(f"--base_model {name}: the folder holds no config.json.{hint}")
+    if Path(name).is_file():
+        raise InputError(f"--base_model {name}: is a file; give the model's folder, or a hub id")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
+        if "custom code" in first_line or "trust_remote_code" in str(error):
+            raise InputError(
+                f"--base_model {name}: needs code of its own, which is not run here; give one that transformers knows"
+            ) from error
         raise InputError(f"--base_model {name}: no such folder, nor on the hub ({first_line})") from error
 
 
@@ -110,7 +116,7 @@ def load_tokenizer(name: str, revision: str = "main", generates: bool = True) ->
         InputError: no tokenizer there, or an empty one (transformers 5 makes an empty one from loose files).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"--base_model {name}: its tokenizer cannot be loaded ({first_line})") from error
@@ -279,6 +285,8 @@ def _load(
             attn_implementation=attn_implementation,
             quantization_config=quantisation,
             output_loading_info=True,
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,  # nor asked about in the terminal, as transformers would
             ignore_mismatched_sizes=auto is not AutoModelForCausalLM,
             **settings,
         )

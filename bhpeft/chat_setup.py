@@ -14,6 +14,7 @@ from bhpeft.errors import InputError
 from bhpeft.tasks.card import TaskCard
 from bhpeft.tasks.conversation import DialogueEncoder, later_template
 from bhpeft.tasks.templates import resolve_template
+from bhpeft.tensor_files import check_weights
 
 PLAIN = "User: {text_input}\nAssistant:"  # where neither adapter nor tokenizer say how they are spoken to
 
@@ -71,6 +72,7 @@ def open_chat(asked: ChatArguments) -> ChatModel:
         check_adapter(arguments, config, base_name)
     tokenizer = load_tokenizer(base_name)
     encoder = speaking(asked, card, tokenizer)
+    check_weights(base_name)
     in_4bit = asked.load_in_4bit or bool(card and card.base_in_4bit and not asked.allow_full_precision)
     if in_4bit:
         check_4bit()

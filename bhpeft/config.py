@@ -7,32 +7,25 @@ the file. Every mistake is an `InputError` of one line, raised before a model is
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
-
-import yaml
-from transformers import HfArgumentParser
 
 from bhpeft import environment
 from bhpeft.arguments import (
-    ARGUMENT_CLASSES,
-    UNSET_OUTPUT_DIR,
     AdapterArguments,
     BaseModelArguments,
     DataArguments,
     OutputArguments,
     PlanArguments,
     RoundArguments,
-    TrainerArguments,
 )
 from bhpeft.checkpoints import PARTIAL, fault, steps
-from bhpeft.errors import InputError, nearest
+from bhpeft.errors import InputError
+from bhpeft.flags import FlagParser, command_words
 from bhpeft.tasks.card import TaskCard
+from bhpeft.trainer_arguments import ARGUMENT_CLASSES, UNSET_OUTPUT_DIR, TrainerArguments
 
 ROUNDS_STATE = "rounds.json"  # in the folder of a run in rounds: which of them are finished
 
@@ -72,45 +65,8 @@ class Run:
         return {name: value for name, value in settings.items() if not name.endswith("_token")}
 
 
-class _Parser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are one line, without the usage text of 200 flags."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. All flags: --help")
-
-
-def _flag_names(parser: _Parser) -> set[str]:
+def _flag_names(parser: FlagParser) -> set[str]:
     return {name[2:] for name in parser._option_string_actions if name.startswith("--")}
-
-
-def _recipe_as_flags(path: str, known: set[str]) -> list[str]:
-    """Read a recipe and return it as command-line words, so that file and flags are checked in one way."""
-    if Path(path).is_dir():
-        raise InputError(f"--config {path}: is a folder; give a YAML file in it")
-    if not Path(path).is_file():
-        folder = Path(path).parent
-        found = [str(p) for p in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
-        close = difflib.get_close_matches(path, found, n=1, cutoff=0.5)
-        raise InputError(f"--config {path}: no such file." + (f" Did you mean {close[0]}?" if close else ""))
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: must be a mapping of flag names to values, as `lora_rank: 8`")
-    words: list[str] = []
-    for name, value in settings.items():
-        if str(name) not in known - {"config"}:
-            raise InputError(f"{path}: unknown key {name!r}.{nearest(str(name), known)} All keys: --help")
-        if value is None:
-            continue
-        if isinstance(value, list):
-            if any(isinstance(item, bool) for item in value):
-                raise InputError(f"{path}: {name}: YAML reads yes, no, on and off as truth values; put them in quotes")
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
 
 
 def parse_arguments(argv: list[str] | None = None) -> Run:
@@ -123,22 +79,10 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
         InputError: unknown flag or key (with the nearest name), or a value that cannot be.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    # A bare --debug asks for tracebacks (see errors.run_main); with a value it is transformers' own flag.
-    argv = [
-        word
-        for i, word in enumerate(argv)
-        if not (word == "--debug" and (i + 1 == len(argv) or argv[i + 1].startswith("--")))
-    ]
-    parser = _Parser(ARGUMENT_CLASSES, allow_abbrev=False, description="Fine-tune a frozen language model.")
+    parser = FlagParser(ARGUMENT_CLASSES, allow_abbrev=False, description="Fine-tune a frozen language model.")
     parser.add_argument("--config", help="recipe: a YAML file of flag names and values; flags beat it")
     known = _flag_names(parser)
-    config = _config_of(argv)
-    words = (_recipe_as_flags(config, known) if config else []) + argv
-    for word in words:
-        name = word.split("=")[0]
-        if name.startswith("--") and name[2:] not in known:
-            raise InputError(f"unknown flag {name}.{nearest(name[2:], known)} All flags: --help")
-
+    words = command_words(argv, known)
     namespace, rest = parser.parse_known_args(words)
     if rest:
         raise InputError(f"{rest[0]!r}: a value without a flag. All flags: --help")
@@ -159,17 +103,6 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
     if training.do_train and base.attn_implementation is None:
         base.attn_implementation = environment.training_attention(precision, data.max_length)
     return run
-
-
-def _config_of(argv: list[str]) -> str | None:
-    for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
-                raise InputError("--config: names no file; give it one, as --config recipes/NAME.yaml")
-            return argv[i + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
 
 
 def _make_small(run: Run) -> None:

@@ -81,6 +81,7 @@ def prepare(settings: dict) -> tuple[str, list[str]]:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked data loaders would warn at every start
     _quieten()
+    load_tensors_alone()
     if settings["fp16"] and settings["bf16"]:
         raise InputError("--fp16 and --bf16 are both on: choose one")
     asked = "fp16" if settings["fp16"] else "bf16" if settings["bf16"] else None
@@ -96,6 +97,18 @@ def prepare(settings: dict) -> tuple[str, list[str]]:
             settings["ddp_backend"] = settings["ddp_backend"] or "gloo"
             settings["use_cpu"] = settings["use_cpu"] or not under_deepspeed()
     return precision, notes
+
+
+def load_tensors_alone() -> None:
+    """Have every `torch.load` of this process refuse pickles that are more than tensors and plain values, which would
+    run what is in them: DeepSpeed's of its checkpoints too, which asks for any. Its own few types are let through.
+    """
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    if under_deepspeed():
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum])
 
 
 def _quieten() -> None:

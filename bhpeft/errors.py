@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2  # as argparse uses it for wrong flags
 EXIT_FAILED = 3  # the run itself went wrong: numbers, or another rank
@@ -45,6 +47,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` for scripts: no abbreviated flags, help as it is written, and errors of one line."""
+
+    def __init__(self, description: str | None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `InputError` in place of printing the usage and leaving."""
+        _, _, stray = message.partition("unrecognized arguments: ")
+        near = nearest(stray.split()[0].split("=")[0], self._option_string_actions) if stray else ""
+        raise InputError(f"{message}.{near} All flags: --help")
 
 
 def run_main(main: Callable[[], None]) -> None:

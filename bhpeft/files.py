@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,21 @@ def read_text(path: str | Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
         raise InputError(f"{path}:{line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8.") from None
+
+
+def read_json(path: str | Path, mend: str) -> Any:
+    """Return what a JSON file holds, NaN and infinities as None.
+
+    Raises:
+        InputError: it cannot be read or is no JSON (file, line and `mend` are named).
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, parse_constant=lambda _: None)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); {mend}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{path}: not JSON that can be read ({error}); {mend}") from None
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

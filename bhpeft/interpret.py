@@ -11,7 +11,6 @@ NumPy only; no model is loaded.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bhpeft.adapter_files import adapter_weights
 from bhpeft.errors import InputError
-from bhpeft.files import read_text
+from bhpeft.files import read_json
 from bhpeft.tensor_files import TensorFile, TensorFolder
 
 BLOCK = 8192  # embeddings compared at a time
@@ -89,13 +89,10 @@ class Adapter:
         file = self.folder / "adapter_config.json"
         if not file.is_file():
             raise InputError(f"{folder}: holds no adapter_config.json; give the adapter's folder.")
-        try:
-            self.config = json.loads(read_text(file))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}: not JSON ({error.msg}); save the adapter again.") from None
+        self.config = read_json(file, "save the adapter again.")
         if not isinstance(self.config, dict):
             raise InputError(f"{file}: is no configuration; save the adapter again.")
-        self.weights = TensorFile(self.folder / "adapter_model.safetensors")
+        self.weights = TensorFile(adapter_weights(self.folder))
 
     @property
     def prompt(self) -> np.ndarray | None:

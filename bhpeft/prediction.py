@@ -192,9 +192,12 @@ def label_log_likelihoods(
     text = text.scatter(1, places, wanted.clamp(min=0))
     mask = torch.arange(length + tokens, device=text.device) < (counts + (wanted != IGNORED).sum(1))[:, None]
     width = int(mask.sum(1).max())  # the longest prompt need not be the one with the longest label
-    logits = model(input_ids=text[:, :width], attention_mask=mask[:, :width].long()).logits
-    logits = logits[:, -width:]  # prompt tuning's virtual tokens come before
-    before = (places - 1).clamp(max=width - 1)[..., None].expand(-1, -1, logits.shape[-1])
+    before = (places - 1).clamp(max=width - 1)  # (B * C, T), the positions whose logits are wanted
+    kept, before = before.unique(return_inverse=True)
+    inputs = {"input_ids": text[:, :width], "attention_mask": mask[:, :width].long(), "use_cache": False}
+    # Counted from the end, for prompt tuning's virtual tokens come before.
+    logits = model(**inputs, logits_to_keep=kept - width).logits  # (B * C, kept, vocabulary)
+    before = before[..., None].expand(-1, -1, logits.shape[-1])
     log_p = logits.gather(1, before).float().log_softmax(-1)  # (B * C, T, vocabulary)
     log_p = log_p.gather(2, wanted.clamp(min=0)[..., None])[..., 0]
     return log_p.masked_fill(wanted == IGNORED, 0).sum(1).view(batch, labels)

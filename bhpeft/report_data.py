@@ -138,11 +138,7 @@ def gather(results_dir: Path, names: Sequence[str] = ()) -> Facts:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    record = read_metrics(path)
-    for name in ("metrics", "config", "hardware", "timings", "parameters"):
-        if not isinstance(record[name], dict):
-            raise InputError(f"{path}: {name} is no group of values; run again with --overwrite.")
-    return record
+    return read_metrics(path)
 
 
 def _prediction_rows(path: Path) -> list[Row]:
@@ -225,9 +221,7 @@ def shared_rows(a: Answers, b: Answers) -> bool:
     """Whether two runs answered the same test rows: ids, expected answers and, where both have them, queries."""
     if a.kind != b.kind or len(a.rows) != len(b.rows):
         return False
-    return all(
-        x[:2] == y[:2] and (x[2] == y[2] or not x[2] or not y[2]) for x, y in zip(a.rows, b.rows, strict=True)
-    )
+    return all(x[:2] == y[:2] and (x[2] == y[2] or not x[2] or not y[2]) for x, y in zip(a.rows, b.rows, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- samples

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bhpeft.errors import InputError
-from bhpeft.files import column_indices, csv_line, read_rows, read_text, write_atomic
+from bhpeft.files import column_indices, csv_line, read_json, read_rows, read_text, write_atomic
 from bhpeft.locks import held, lock_beside
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1  # of results/metrics/RUN.json
 METRICS_KEYS = ("run_name", "metrics", "config", "seed", "versions", "hardware", "timings", "parameters")
+RECORD_GROUPS = ("metrics", "config", "versions", "hardware", "timings", "parameters")
 HUMAN_HEADER = ["index", "query", "model output", "factual", "justifies"]
 PREDICTION_COLUMNS = ["id", "label", "prediction"]
 OOD_SUFFIX = ".ood.csv"  # of the predictions of rows of another domain
@@ -150,14 +151,14 @@ def _older_fields(row: str) -> list[str]:
 
 
 def _human_score(path: str | Path, line: int, fields: list[str]) -> HumanScore:
-    if len(fields) != 5 or not re.fullmatch(r"\s*-?\d+\s*", fields[0]):
+    if len(fields) != 5 or not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", fields[0]):
         raise InputError(f"{path}:{line}: not a row of {', '.join(HUMAN_HEADER)}; mend the row.")
     for name, value in zip(HUMAN_HEADER[3:], fields[3:], strict=True):
         if value.strip() not in _SCORES:
             raise InputError(
                 f"{path}:{line}: {name} is {value.strip()[:40]!r}; give 0, 1, or nothing where not yet judged."
             )
-    return HumanScore(int(fields[0]), fields[1], fields[2], *(_SCORES[value.strip()] for value in fields[3:]))
+    return HumanScore(int(fields[0].strip()), fields[1], fields[2], *(_SCORES[value.strip()] for value in fields[3:]))
 
 
 def annotation_file(outputs: str | Path, annotator: str, folder: str | Path | None = None) -> Path:
@@ -230,7 +231,9 @@ def _typed(texts: list[str], exact: bool) -> list[Any]:
             values = [kind(text) if text or kind is int else math.nan for text in texts]
         except ValueError:
             continue
-        if not exact or all(text in ("", str(value)) for text, value in zip(texts, values, strict=True)):
+        if not exact or all(
+            text == "" or text == str(value) != "nan" for text, value in zip(texts, values, strict=True)
+        ):
             return values
     return texts if exact or set(texts) - {"True", "False"} else [text == "True" for text in texts]
 
@@ -255,12 +258,8 @@ def write_metrics(path: str | Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(path: str | Path) -> dict[str, Any]:
-    """Read a run's record; `InputError` where it is no JSON, another schema version, or lacks a key."""
-    try:
-        record = json.loads(read_text(path), parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}"
-        raise InputError(f"{where}: not JSON ({error.msg}); run again with --overwrite.") from None
+    """Read a run's record; `InputError` where it is no JSON, another schema version, or lacks a key or a group."""
+    record = read_json(path, "run again with --overwrite.")
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
@@ -270,6 +269,9 @@ def read_metrics(path: str | Path) -> dict[str, Any]:
     missing = [key for key in (*METRICS_KEYS, "created") if key not in record]
     if missing:
         raise InputError(f"{path}: the record lacks {', '.join(missing)}; run again with --overwrite.")
+    for key in RECORD_GROUPS:
+        if not isinstance(record[key], dict):
+            raise InputError(f"{path}: {key} is no group of values; run again with --overwrite.")
     return record
 
 
@@ -396,10 +398,13 @@ class RunFiles:
         self.descriptions = self.results_dir / "model_descriptions"
 
     def check_free(self, overwrite: bool) -> None:
-        """Raise `InputError` if a file of this run exists and may not be replaced.
+        """Raise `InputError` if a file of this run exists and may not be replaced, or a file stands for the folder.
 
         Scores that a person gave are never replaced, `overwrite` or not.
         """
+        for part in (self.results_dir, *self.results_dir.parents):
+            if part.exists() and not part.is_dir():
+                raise InputError(f"--results_dir {self.results_dir}: {part} is a file; choose another --results_dir.")
         files = [self.model_outputs, self.human_evaluation, self.predictions, self.ood_predictions, self.metrics]
         files += [self.rounds, *sorted(self.plots.glob("*"))]
         for path in files:
@@ -420,7 +425,7 @@ class RunFiles:
         files = [self.model_outputs, self.human_evaluation, self.predictions, self.metrics, self.rounds]
         if self.descriptions.exists():  # found out now rather than after hours of training
             check_descriptions(self.descriptions)
-        for folder in [*(file.parent for file in files), self.plots]:
+        for folder in [*(file.parent for file in files), self.plots.parent]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

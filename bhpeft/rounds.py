@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bhpeft import environment
 from bhpeft.adapters.carry import Anchor, posterior_to_prior
-from bhpeft.arguments import RoundArguments, TrainerArguments
+from bhpeft.arguments import RoundArguments
 from bhpeft.base_model import parameter_counts
 from bhpeft.config import ROUNDS_STATE
 from bhpeft.errors import InputError
@@ -36,6 +36,7 @@ from bhpeft.report import rounds as report
 from bhpeft.report.answered import Answered
 from bhpeft.resume import check_same, find_in, settings_of
 from bhpeft.tasks import Example
+from bhpeft.trainer_arguments import TrainerArguments
 from bhpeft.training import AdapterTrainer
 
 FEW_STEPS = 5  # a round of fewer is told of --min_round_steps

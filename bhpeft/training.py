@@ -20,6 +20,7 @@ from bhpeft.adapters.bh_peft import kl_divergence, kl_gradient_norm, mean_sigma,
 from bhpeft.adapters.carry import Anchor
 from bhpeft.adapters.posterior import posterior_noise
 from bhpeft.checkpoints import PARTIAL, STATE, keep_last, move_into, seal, writing
+from bhpeft.labelled_logits import at_labels, takes_positions, virtual_tokens_of
 from bhpeft.mc_dropout import batch_seed, dropout_noise
 from bhpeft.prediction import Answers, generate, label_log_likelihoods, seeded
 from bhpeft.sharded_state import load_sharded, save_sharded
@@ -54,6 +55,7 @@ class AdapterTrainer(Trainer):
         """
         super().__init__(*args, **kwargs)
         self.with_head = with_head
+        self.keeps_labelled = not with_head and takes_positions(self.model)
         if with_head:
             self.model_accepts_loss_kwargs = False
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -66,6 +68,8 @@ class AdapterTrainer(Trainer):
 
         With `kl_weight` 1 this is the negative ELBO per row (Blundell et al. 2015, equation 8, spread over batches).
         """
+        if self.keeps_labelled and "labels" in inputs:
+            inputs = at_labels(inputs, virtual_tokens_of(self.model)) | {"use_cache": False}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         kl = kl_divergence(self.model) if model.training else None
         anchor = self.anchor if model.training else None

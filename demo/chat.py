@@ -24,8 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from classify import PRECISIONS, quieten  # noqa: E402
 
+from bhpeft.adapter_files import check_adapter_folder  # noqa: E402
 from bhpeft.annotation_terminal import printable  # noqa: E402
-from bhpeft.errors import InputError, nearest, run_main  # noqa: E402
+from bhpeft.errors import InputError, Parser, nearest, run_main  # noqa: E402
 
 if TYPE_CHECKING:  # torch is loaded once the flags are known to be right
     from bhpeft.chat import ChatModel, Settings
@@ -45,9 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: flags that contradict each other.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--adapter_path", metavar="FOLDER", help="folder of the adapter")
     parser.add_argument("--base_model", help="hub id or folder (default: the one the adapter names)")
     parser.add_argument("--base_only", action="store_true", help="talk to the frozen base, without the adapter")
@@ -224,7 +223,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.web and importlib.util.find_spec("gradio") is None:
         raise InputError("--web: Gradio is not installed; pip install -r requirements-web.txt, or leave --web out")
-    from bhpeft.chat_setup import ChatArguments, open_chat
+    if args.adapter_path is not None:
+        check_adapter_folder(args.adapter_path)
+
+    from bhpeft.chat_setup import ChatArguments, open_chat  # torch: not before the folder is known to be whole
 
     names = ("adapter_path", "base_model", "base_only", "load_in_4bit", "allow_full_precision", "prompt_template",
              "instruction", "context_turns")  # fmt: skip

@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from bhpeft.errors import InputError, run_main  # noqa: E402
+from bhpeft.adapter_files import check_adapter_folder  # noqa: E402
+from bhpeft.errors import InputError, Parser, run_main  # noqa: E402
 from bhpeft.files import csv_line, write_rows  # noqa: E402
 from bhpeft.scores import entropy, probabilities  # noqa: E402
 
@@ -79,9 +80,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: two sources of texts, an empty text, or a number that cannot be.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("text", nargs="?", metavar="TEXT", help="one text (default, and for '-': lines of stdin)")
     parser.add_argument("--adapter_path", required=True, metavar="FOLDER", help="folder of the adapter")
     parser.add_argument("--base_model", help="hub id or folder (default: the one the adapter names)")
@@ -109,6 +108,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError("TEXT and --file: two sources of texts; give one")
     if args.text is not None and not args.text.strip():
         raise InputError("TEXT: is empty; give a text to classify")
+    if args.out and args.out.is_dir():
+        raise InputError(f"--out {args.out}: is a folder; give the name of a file")
     for name, least in (("batch_size", 1), ("max_length", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise InputError(f"--{name} {getattr(args, name)}: must be at least {least}")
@@ -123,14 +124,10 @@ def find_adapter(args: argparse.Namespace) -> Trained:
     Raises:
         InputError: no adapter there, one of another base model, or one for a task without labels or numbers.
     """
-    from bhpeft.adapters import adopt_settings, base_model_of, check_adapter, is_bayesian
-    from bhpeft.arguments import AdapterArguments
-    from bhpeft.base_model import load_config, settle_head
     from bhpeft.tasks.card import FILE, TaskCard
 
     folder = args.adapter_path
-    arguments = AdapterArguments(adapter_path=folder)
-    adopt_settings(arguments)
+    check_adapter_folder(folder)
     card = TaskCard.read(folder)
     if card is None:
         raise InputError(
@@ -145,6 +142,13 @@ def find_adapter(args: argparse.Namespace) -> Trained:
         )
     if card.task_type == "regression" and None in (card.target_mean, card.target_deviation):
         raise InputError(f"{Path(folder) / FILE}: lacks target_mean or target_deviation; train again to have them")
+
+    from bhpeft.adapters import adopt_settings, base_model_of, check_adapter, is_bayesian
+    from bhpeft.arguments import AdapterArguments
+    from bhpeft.base_model import load_config, settle_head
+
+    arguments = AdapterArguments(adapter_path=folder)
+    adopt_settings(arguments)
     bayesian = is_bayesian(arguments)
     samples = args.posterior_samples
     if samples and not bayesian:
@@ -158,7 +162,8 @@ def find_adapter(args: argparse.Namespace) -> Trained:
     if samples is None:
         samples = SAMPLES if bayesian else 0
     found = Trained(card, arguments, base_name, config, with_head, samples)
-    check_adapter(arguments, config, base_name, found.head)
+    labels = len(card.labels) if card.task_type == "classification" else None
+    check_adapter(arguments, config, base_name, found.head, labels)
     return found
 
 
@@ -201,11 +206,18 @@ def answer(found: Trained, texts: Sequence[str], args: argparse.Namespace) -> di
 
     from bhpeft.adapters import attach_adapter, virtual_tokens
     from bhpeft.arguments import DataArguments
-    from bhpeft.base_model import check_4bit, check_positions, load_base_model, load_tokenizer, load_with_head
+    from bhpeft.base_model import (
+        check_4bit,
+        check_positions,
+        load_base_model,
+        load_tokenizer,
+        load_with_head,
+    )
     from bhpeft.scoring import score
     from bhpeft.tasks import Example, Task
     from bhpeft.tasks.card import TaskCard
     from bhpeft.tasks.question import make_encoder
+    from bhpeft.tensor_files import check_weights
 
     card, notes = found.card, []
     shared = {field.name for field in dataclasses.fields(TaskCard)} - {"labels"}
@@ -221,6 +233,7 @@ def answer(found: Trained, texts: Sequence[str], args: argparse.Namespace) -> di
     rows = encoder.test_rows(examples, notes)
     longest = max(len(row["input_ids"]) + max(map(len, row.get("label_ids", [[]]))) for row in rows)
     check_positions(found.config, longest + virtual_tokens(found.arguments))
+    check_weights(found.base_name)
     in_4bit = card.base_in_4bit and not args.allow_full_precision
     if in_4bit:
         check_4bit()
@@ -316,6 +329,8 @@ def describe(answers: dict[str, list], row: int, samples: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer the texts that the flags name, on standard output or in `--out`."""
     args = parse_arguments(argv)
+    if args.file:
+        read_texts(args)  # what is wrong with it is said before torch is loaded
     found = find_adapter(args)
     heading, texts = read_texts(args)
     if heading in ANSWER_COLUMNS or heading.startswith("prob_"):

@@ -234,9 +234,9 @@ def test_llama_13b_is_planned_in_seconds_from_its_configuration_alone(tmp_path):
 
 
 def test_a_run_takes_the_memory_that_was_planned(tmp_path):
-    model = make_model(tmp_path / "neox", hidden=128, layers=3, vocabulary=16384)
+    model = make_model(tmp_path / "neox", hidden=256, layers=3, vocabulary=16384)
     rows = make_rows(tmp_path / "rows.csv", 128)
-    words = trainer_words(model, rows, tmp_path, 128, ["--batch_size", 16])
+    words = trainer_words(model, rows, tmp_path, 128, ["--batch_size", 48])
     for more in (["--plan", "--plan_json", tmp_path / "plan.json"], []):
         done = run_command([*words, *more], cwd=tmp_path)
         assert done.returncode == 0, done.stderr

@@ -318,6 +318,8 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     results.describe_run(run.descriptions, record())  # shared by all runs: does not count
     run.check_free(overwrite=False)
     head = "index,query,model output,factual,justifies\n"
+    assert not run.plots.exists()  # a run that fails after this leaves no folder of its name
+    run.plots.mkdir()
     for path in (run.model_outputs, run.human_evaluation, run.predictions, run.metrics, run.plots / "a.png"):
         path.write_text(head + "0,a,b,,\n")
         with pytest.raises(InputError, match=re.escape(f"{path} exists; choose another --run_name or pass")):

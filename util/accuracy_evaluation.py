@@ -4,13 +4,12 @@ python util/accuracy_evaluation.py                              every file of re
 python util/accuracy_evaluation.py results/model_outputs/RUN.txt --full
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bhpeft.errors import run_main
+from bhpeft.errors import Parser, run_main
 from bhpeft.files import input_files
 from bhpeft.metrics import AccuracyCounts, accuracy_counts, exemplar_kind, expected_truth, wilson_interval
 from bhpeft.results import ModelOutput, read_model_outputs
@@ -48,9 +47,7 @@ def report(outputs: list[ModelOutput], full: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "files",
         nargs="*",

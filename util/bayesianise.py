@@ -8,7 +8,6 @@ Its A becomes A' ~ N(mean, (sigma_q / d)^2), d the singular values of B; sigma_q
 --tolerance of accuracy (or nats of NLL) on rows that it was not trained on and is not tested on.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bhpeft.errors import InputError, run_main
+from bhpeft.errors import InputError, Parser, run_main
 
 
 def quieten() -> None:
@@ -29,9 +28,7 @@ def quieten() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a LoRA trained for classification")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--rows", type=Path, required=True, metavar="FILE", help="held-out rows with labels")
@@ -50,6 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.tolerance is not None and not args.tolerance >= 0:
         raise InputError(f"--tolerance {args.tolerance}: must be 0 or more")
 
+    from bhpeft.adapter_files import check_adapter_folder
+
+    check_adapter_folder(args.adapter)
     quieten()
     from bhpeft.bayesianise import bayesianise  # torch: not before the flags are known to be right
 

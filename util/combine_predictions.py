@@ -8,20 +8,17 @@ The files answer the same rows (by id, with the same labels); the K members are 
 util/uncertainty_evaluation.py reads it. From the predictions alone; no model is loaded.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bhpeft.combine import combine
-from bhpeft.errors import InputError, run_main
+from bhpeft.errors import InputError, Parser, run_main
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="predictions of one member each")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="predictions of the ensemble")
     parser.add_argument("--overwrite", action="store_true", help="replace the file --out")

@@ -8,14 +8,13 @@ A column is one of the table's headings, a dotted path into the record (metrics.
 name of a metric or a flag (nll, learning_rate; metrics come first).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bhpeft.compare import DEFAULT_COLUMNS, FORMATS, layout, make_table
-from bhpeft.errors import run_main
+from bhpeft.errors import Parser, run_main
 from bhpeft.files import input_files, write_atomic
 from bhpeft.results import read_metrics
 
@@ -23,9 +22,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "files",
         nargs="*",

@@ -4,7 +4,6 @@ python util/dataset_analysis.py                                 demo/data.csv
 python util/dataset_analysis.py train.tsv dev.tsv --text_column sentence --label_column label
 """
 
-import argparse
 import csv
 import io
 import sys
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from bhpeft.errors import InputError, run_main
+from bhpeft.errors import InputError, Parser, run_main
 from bhpeft.files import column_indices, input_files, read_rows, write_atomic
 from bhpeft.metrics import expected_truth, first_word, first_word_baseline
 
@@ -122,9 +121,7 @@ def draw(tables: dict[str, Pairs]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "files",
         nargs="*",

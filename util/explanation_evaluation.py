@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bhpeft.agreement import cohen_kappa, disagreements, krippendorff_alpha, raw_agreement
-from bhpeft.errors import InputError, run_main
+from bhpeft.errors import InputError, Parser, run_main
 from bhpeft.files import input_files
 from bhpeft.metrics import exemplar_kind, explanation_intervals, explanation_scores
 from bhpeft.results import HumanScore, read_human_evaluation, read_model_outputs, run_and_annotator
@@ -132,9 +132,7 @@ def outputs_of(run: str, beside: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "files",
         nargs="*",

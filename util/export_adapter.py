@@ -4,7 +4,6 @@ python util/export_adapter.py ADAPTER --to lora OUT       BH-PEFT with LoRA alon
 python util/export_adapter.py ADAPTER --to merged OUT     LoRA, QLoRA or the above, as a plain transformers model
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bhpeft.errors import InputError, run_main
+from bhpeft.errors import InputError, Parser, run_main
 
 
 def quieten() -> None:
@@ -25,9 +24,7 @@ def quieten() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter, with adapter_config.json")
     parser.add_argument("--to", required=True, choices=["lora", "merged"], help="what to write")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -43,6 +40,9 @@ def main() -> None:
     if args.to == "lora" and (args.base_model or args.dtype):
         raise InputError("--base_model and --dtype: only with --to merged; the export takes the adapter's files alone")
 
+    from bhpeft.adapter_files import check_adapter_folder
+
+    check_adapter_folder(args.adapter)
     quieten()
     from bhpeft.adapters.export import export_lora, merge_adapter  # torch: not before the flags are known to be right
     from bhpeft.tasks.card import TaskCard

@@ -12,13 +12,12 @@ From the adapter's files alone; of the base only the embeddings are read, and on
 results/plots/NAME/: interpret.png and interpret.csv.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bhpeft.errors import InputError, run_main
+from bhpeft.errors import InputError, Parser, run_main
 from bhpeft.files import write_atomic, write_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -55,9 +54,7 @@ def token_names(folder: Path, count: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of the adapter")
     parser.add_argument("--base_model", metavar="FOLDER", help="folder or cached hub id (default: the adapter's)")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="near tokens that are shown (default: 5)")

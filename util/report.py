@@ -8,21 +8,18 @@ the same test rows are compared by a paired bootstrap and, for labels, by McNema
 named and left out. The same results give the same files but for the time stamp.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bhpeft.errors import run_main
+from bhpeft.errors import Parser, run_main
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names of runs (default: all)")
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

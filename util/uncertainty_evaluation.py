@@ -27,14 +27,13 @@ Written to OUT_DIR: uncertainty_figures.csv, and reliability, rejection and risk
 .png and .svg; of several files each into its own folder, and rejection_of_runs beside them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bhpeft import uncertainty_report as report
-from bhpeft.errors import InputError, run_main
+from bhpeft.errors import InputError, Parser, run_main
 from bhpeft.files import input_files
 from bhpeft.results import OOD_SUFFIX
 
@@ -69,11 +68,7 @@ def write(predictions: report.Predictions, figures: list, curves: dict, folder: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "files",
         nargs="*",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
+from bhpeft.adapter_files import read_adapter_folder
 from bhpeft.adapters.architectures import places_of
 from bhpeft.adapters.bh_peft import PEFT_TYPE, PRESETS, BhPeftConfig
 from bhpeft.adapters.stock import lora_config, prompt_tuning_config
 from bhpeft.errors import InputError
 
+OUTPUT_LAYER = re.compile(r"\.(score|classifier|classifier\.out_proj)\.weight$")
 # What peft wraps a model in, by what it answers: it has no name for multiple choice, whose arguments it passes on.
 PEFT_TASKS = {
     "lm": TaskType.CAUSAL_LM,
@@ -79,20 +81,12 @@ def read_adapter_config(path: str) -> dict:
     Raises:
         InputError: no such folder, no adapter in it, or an unreadable one.
     """
-    file = Path(path) / "adapter_config.json"
-    if not Path(path).is_dir():
-        raise InputError(f"--adapter_path {path}: no such folder")
-    if not file.is_file():
-        raise InputError(f"--adapter_path {path}: the folder holds no adapter_config.json; give the adapter's folder")
-    if not (Path(path) / "adapter_model.safetensors").is_file():
-        raise InputError(f"--adapter_path {path}: the folder holds no adapter_model.safetensors; was saving cut short?")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid JSON ({error}); save the adapter again") from error
-    if not isinstance(config, dict) or config.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise InputError(f"{file}: peft_type {kind!r} is no adapter that peft or bhpeft knows; save the adapter again")
+    config = read_adapter_folder(path)
+    if config.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise InputError(
+            f"{Path(path) / 'adapter_config.json'}: peft_type {config.get('peft_type')!r} is no adapter that peft or "
+            "bhpeft knows; save the adapter again"
+        )
     return config
 
 
@@ -144,8 +138,13 @@ def base_model_of(adapter_path: str) -> str:
     return name
 
 
-def check_adapter(arguments, config: PretrainedConfig, base_name: str, head: str = "lm") -> None:
+def check_adapter(
+    arguments, config: PretrainedConfig, base_name: str, head: str = "lm", labels: int | None = None
+) -> None:
     """Everything about an adapter that can be wrong and be seen without the base model's weights.
+
+    Args:
+        labels: number of classes, where the task has some.
 
     Raises:
         InputError: unknown targets, a folder that holds no adapter, or one of another base model.
@@ -162,6 +161,12 @@ def check_adapter(arguments, config: PretrainedConfig, base_name: str, head: str
         )
     trained_on = base_model_of(arguments.adapter_path)
     shapes = weight_shapes(arguments.adapter_path)
+    for name, shape in shapes.items():
+        if head == "classification" and labels and OUTPUT_LAYER.search(name) and shape[0] != labels:
+            raise InputError(
+                f"--adapter_path {arguments.adapter_path}: its head tells {shape[0]} labels apart, and the task has "
+                f"{labels}; give the data or the --labels it was trained for"
+            )
     prompt = shapes.get("prompt_embeddings")
     if prompt and prompt[1] != config.hidden_size:
         raise InputError(
@@ -202,7 +207,9 @@ def attach_adapter(
             config.modules_to_save = list(dict.fromkeys(train_too)) or None
             model = get_peft_model(base, config)
         except ValueError as error:  # peft's own check of --target_modules
-            raise InputError(f"--adapter_name {arguments.adapter_name}: {error}") from error
+            named = " ".join(arguments.target_modules or [])
+            flag = f"--target_modules {named}" if named else f"--adapter_name {arguments.adapter_name}"
+            raise InputError(f"{flag}: {error}") from error
     else:
         model = _load_adapter(base, arguments.adapter_path, base_name)
     for parameter in model.parameters():

@@ -1,10 +1,10 @@
 """What one round leaves to the next: its posterior as a prior, or a place that the weights are held to.
 
-    posterior   p_{t+1}(W) = q_t(W): prior_mu <- mu, prior_sigma <- f g^2; f >= 1 forgets: the prior of a round is wider
-                than the posterior that it comes from
-                Nguyen et al. 2018 (variational continual learning), arXiv 1710.10628, section 2
-    anchor      w / 2 |theta - theta_t|^2, all weights alike
-                the L2 baseline of Kirkpatrick et al. 2017 (EWC), arXiv 1612.00796, figure 2
+posterior   p_{t+1}(W) = q_t(W): prior_mu <- mu, prior_sigma <- f g^2; f >= 1 forgets: the prior of a round is wider
+            than the posterior that it comes from
+            Nguyen et al. 2018 (variational continual learning), arXiv 1710.10628, section 2
+anchor      w / 2 |theta - theta_t|^2, all weights alike
+            the L2 baseline of Kirkpatrick et al. 2017 (EWC), arXiv 1612.00796, figure 2
 """
 
 from __future__ import annotations

@@ -259,6 +259,8 @@ def _load_base(model_class: Any, name: str, config, revision: str | None, dtype:
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,  # a head with other labels, which the adapter replaces; all else is refused
             output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -299,7 +301,7 @@ def _save_tokenizer(
     own = (Path(adapter_path) / "tokenizer_config.json").is_file()
     source, revision = (str(adapter_path), None) if own else (base_name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
         empty = not tokenizer("a b c", add_special_tokens=False)["input_ids"]
     except (OSError, ValueError, KeyError) as error:
         tokenizer, empty = None, str(error).strip().splitlines()[0]

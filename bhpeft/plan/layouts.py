@@ -24,8 +24,10 @@ GIB = 2**30
 # DeepSpeed's defaults (runtime/zero/config.py), which ds_zero3_cpu.yaml leaves as they are; numbers of weights.
 MAX_LIVE = 10**9  # stage3_max_live_parameters: gathered at one time
 REDUCE_BUCKET = 5 * 10**8  # reduce_bucket_size: gradients gathered before they are reduced; allocated whole
-# Between tensors: glibc's heap, seen at 10 to 20 % of a step's tensors; CUDA's caching allocator, assumed.
-WASTE = {"host": 0.15, "gpu": 0.10}
+# Between tensors: glibc's heap and what kernels use inside, seen at 25 to 50 % of a step's tensors, beside what the
+# first steps load; CUDA's caching allocator, assumed.
+WASTE = {"host": 0.30, "gpu": 0.10}
+FIRST_STEPS = {"host": 40 * 2**20, "gpu": 0}
 CUDA_RUNTIME = 0.6 * GIB  # context and libraries' workspaces; assumed
 
 
@@ -88,7 +90,8 @@ def memory_of(layout: Layout, inventory: Inventory, work: StepCost, process: flo
     device = dict(states.gpu)
     device["activations"] = work.peak - work.logits
     device["logits"] = work.logits
-    device["allocator"] = WASTE["gpu" if on_gpu else "host"] * work.peak
+    where = "gpu" if on_gpu else "host"
+    device["allocator"] = FIRST_STEPS[where] + WASTE[where] * work.peak
     if on_gpu:
         device["runtime"] = CUDA_RUNTIME
         # from_pretrained reads a model that is not sharded into the host's memory first; a 4-bit one goes by layers.

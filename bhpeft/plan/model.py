@@ -23,9 +23,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bhpeft.adapters import attach_adapter
 from bhpeft.base_model import DROPOUTS, HEADS, UNQUANTISED, head_modules, is_encoder, parameter_counts, settle_head
+from bhpeft.environment import DTYPES
+from bhpeft.errors import InputError
 from bhpeft.tasks.known import KNOWN
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights a scale of NF4; scales a scale of the second quantisation (bitsandbytes)
+
+LABELLED = 8  # tokens of a label as text, and by how much rows of one batch differ in length: an estimate
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ class Question:
     Attributes:
         head: "lm", or the task type of the model's own head.
         labels: number of classes or choices; 0 where there are none.
+        labelled: most positions of a row that logits are computed at; None for all.
         assumed: what could not be known without reading the rows, in words, or "".
     """
 
     head: str
     labels: int
+    labelled: int | None = None
     assumed: str = ""
 
 
@@ -112,7 +118,8 @@ def question_of(run, config: PretrainedConfig) -> Question:
     if task_type in ("classification", "multiple_choice"):
         labels = labels or 2
     with_head = settle_head(run.base.head, config, task_type)
-    return Question(task_type if with_head else "lm", labels if task_type != "regression" else 0, assumed)
+    labelled = LABELLED if labels and not with_head else None
+    return Question(task_type if with_head else "lm", labels if task_type != "regression" else 0, labelled, assumed)
 
 
 @contextlib.contextmanager
@@ -166,6 +173,24 @@ def meta_model(
         into.append(parameter.numel())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     return model, Inventory(tuple(frozen), tuple(linear), tuple(trainable), buffers, parameter_counts(model))
+
+
+def check_names(run, config: PretrainedConfig, base_name: str, question: Question) -> None:
+    """Names of the base's modules and of its attention, that flags give, tried on a model without numbers.
+
+    Raises:
+        InputError: `--target_modules`, `--modules_to_save` or `--attn_implementation` name nothing that there is.
+    """
+    attention = run.base.attn_implementation
+    if run.adapter.adapter_path or not (run.adapter.target_modules or run.adapter.modules_to_save or attention):
+        return
+    try:
+        meta_model(run, config, base_name, question, DTYPES[run.precision])
+    except (ValueError, ImportError) as error:
+        if isinstance(error, InputError) or attention is None:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--attn_implementation {attention}: {reason}") from error
 
 
 def linear_layers(base: nn.Module, with_head: bool) -> list[nn.Parameter]:

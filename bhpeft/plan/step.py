@@ -171,6 +171,7 @@ class FakeStep:
                 layer.eps = torch.empty(samples, layer.out_features, layer.in_features)
             batch = self._batch(rows * max(1, samples))
             batch.pop("labels")
+            batch.pop("shift_labels", None)
             with self._counter([]) as counter, self._cast(autocast):
                 self.model(**batch)
             noise = sum(layer.eps.numel() * 4 for layer in layers)
@@ -193,7 +194,13 @@ class FakeStep:
             labels = ids.clone()
         else:
             labels = torch.zeros(rows, dtype=torch.float if self.question.head == "regression" else torch.long)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        if self.question.head == "lm":
+            batch["use_cache"] = False
+        if self.question.labelled:  # as `at_labels` makes them
+            batch["logits_to_keep"] = torch.arange(-self.question.labelled, 0)
+            batch["shift_labels"] = labels[:, -self.question.labelled :].contiguous()
+        return batch
 
 
 def shallow(config: PretrainedConfig) -> PretrainedConfig:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhpeft.errors import InputError
-from bhpeft.files import read_text, write_atomic
+from bhpeft.files import read_json, write_atomic
+from bhpeft.tasks.templates import TEMPLATES
 
 FILE = "task.json"
+TASK_TYPES = ("classification", "regression", "multiple_choice", "generation")
 
 
 @dataclass
@@ -62,8 +64,31 @@ class TaskCard:
         file = Path(folder) / FILE
         if not file.is_file():
             return None
+        mend = "take it from the adapter's run again"
+        fields = read_json(file, mend)
         try:
-            fields = json.loads(read_text(file))
-            return cls(**fields)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise InputError(f"{file}: not a card of a task ({error}); take it from the adapter's run again") from error
+            card = cls(**fields)
+        except TypeError as error:
+            raise InputError(f"{file}: not a card of a task ({error}); {mend}") from error
+        if wrong := card._wrong():
+            raise InputError(f"{file}: {wrong[0]} is {wrong[1]!r:.60}; {mend}")
+        return card
+
+    def _wrong(self) -> tuple[str, object] | None:
+        """The first field that cannot be, with its value."""
+        kinds = {"str": str, "bool": bool, "int": int, "float": int | float}
+        for field in dataclasses.fields(self):
+            kind, value = field.type.removesuffix(" | None"), getattr(self, field.name)
+            if kind == "list[str]":
+                good = isinstance(value, list) and all(isinstance(item, str) for item in value)
+            elif value is None:
+                good = kind != field.type
+            else:
+                good = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
+            if not good:
+                return field.name, value
+        if self.task_type not in TASK_TYPES:
+            return "task_type", self.task_type
+        if "{text_input}" not in self.prompt_template and self.prompt_template not in TEMPLATES:
+            return "prompt_template", self.prompt_template
+        return ("max_length", self.max_length) if self.max_length < 1 else None

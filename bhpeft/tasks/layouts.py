@@ -136,10 +136,15 @@ def json_lines(file: Path) -> Iterator[Row]:
                 try:
                     content = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     row = json.loads(content) if content.strip() else None
+                    if "\\u" in content:
+                        json.dumps(row, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    half = error.object[error.start]
+                    raise InputError(f"{where}: {half!a} is half a character; mend or remove this line") from None
                 except UnicodeDecodeError as error:
                     byte = line[error.start]
                     raise InputError(f"{where}: byte {byte:#04x} is not UTF-8; save the file as UTF-8") from None
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{where}: no JSON ({error}); mend or remove this line") from None
                 if not content.strip():
                     continue

@@ -101,7 +101,7 @@ def load_task(
         if not train:
             raise InputError(f"{name}: every training row also stands in the test rows; nothing is left to train on")
     else:
-        train, test = hold_out(examples, arguments.test_fraction, seed)
+        train, test = _held_out(name, examples, arguments.test_fraction, seed)
 
     validation: list[Example] = []
     if with_validation and arguments.validation_file:
@@ -116,7 +116,7 @@ def load_task(
     if with_validation and not arguments.validation_file:
         if arguments.validation_fraction == 0 or not train:
             raise InputError("--do_eval: there are no validation rows; train, with --validation_fraction above 0")
-        train, validation = hold_out(train, arguments.validation_fraction, seed)
+        train, validation = _held_out(name, train, arguments.validation_fraction, seed)
     train = at_most(train, arguments.max_train_samples, seed)
     validation = at_most(validation, arguments.max_validation_samples, seed)
     test = at_most(test, arguments.max_test_samples, seed)
@@ -132,6 +132,14 @@ def load_task(
     if instruction is None and task_type == "classification":
         instruction = label_instruction(labels)
     return Task(name, train, validation, test, task_type, labels, instruction, notes)
+
+
+def _held_out(name: str, examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """As `hold_out`, with the dataset's name in its error."""
+    try:
+        return hold_out(examples, fraction, seed)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _read_validation(
@@ -168,6 +176,11 @@ def _settle_task_type(
     if arguments.labels and arguments.task_type is None and not source.task_type:
         return "classification", ()
     inferred, found = infer_task_type(examples)
+    if arguments.task_type is None and not source.task_type and len({example.answer for example in examples}) == 1:
+        raise InputError(
+            f"{arguments.dataset_name}: all {len(examples)} rows have the answer {examples[0].answer!r:.60}: there is "
+            "nothing to learn; add others, or give --task_type"
+        )
     if source.task_type:
         if arguments.task_type not in (None, source.task_type):
             raise InputError(f"--task_type {arguments.task_type}: {arguments.dataset_name} is {source.task_type}")

@@ -37,6 +37,8 @@ def read_columns(file: str | Path, columns: list[str]) -> pd.DataFrame:
             or an empty cell (file and row).
     """
     file = Path(file)
+    if file.is_dir():
+        raise InputError(f"{file}: is a folder; give a file in it, of {', '.join(READERS)}")
     if not file.is_file():
         raise InputError(f"{file}: no such file; give an existing one of {', '.join(READERS)}")
     kind = file.suffix.lower()
@@ -60,7 +62,7 @@ def read_columns(file: str | Path, columns: list[str]) -> pd.DataFrame:
         raise InputError(f"{file}: has a header and no rows; give it at least one")
     table = table[columns]
     for name in columns:
-        nested = table[name].map(lambda value: isinstance(value, dict | list)).to_numpy()
+        nested = table[name].map(lambda value: not pd.api.types.is_scalar(value)).to_numpy()
         if nested.any():
             raise InputError(f"{file}: row {nested.argmax() + 1} has no text in {name!r} but a list or mapping")
         blank = table[name].isna() | (table[name].astype(str).str.strip() == "")
@@ -89,6 +91,8 @@ def read_examples(file: str | Path, text_column: str, label_column: str) -> list
     Raises:
         InputError: as `read_columns`.
     """
+    if text_column == label_column:
+        raise InputError(f"--text_column and --label_column are both {text_column!r}: the answer would be the input")
     table = read_columns(file, [text_column, label_column])
     rows = zip(table[text_column], table[label_column], strict=True)
     return [Example(str(i), text.strip(), label.strip(), same_input(text)) for i, (text, label) in enumerate(rows)]

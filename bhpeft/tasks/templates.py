@@ -6,9 +6,12 @@ projects: Alpaca's (project 3) and LLaMA-2-chat's (project 5; Touvron et al. 202
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from bhpeft.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = {
     "instruction": "### Instruction:\n{instruction}\n\n### Input:\n{text_input}\n\n### Response:\n",

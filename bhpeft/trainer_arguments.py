@@ -1,0 +1,70 @@
+"""The flags of training: those of `transformers.TrainingArguments`, with short names, defaults and checks of ours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from bhpeft.arguments import OWN_CLASSES, option
+from bhpeft.errors import InputError
+
+UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments puts where no --output_dir is given
+INSTEAD = {  # flags of TrainingArguments that are refused, and what does the same
+    "push_to_hub": "publish the adapter's folder once you have read its card, with `hf upload`",
+    "hub_token": "a token on the command line is read by others; set HF_TOKEN, or log in with `hf auth login`",
+    "fsdp": "models are sharded by DeepSpeed ZeRO-3: accelerate launch --config_file ds_zero3_cpu.yaml",
+}
+
+
+@dataclass
+class TrainerArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the source projects' short names and this project's defaults."""
+
+    output_dir: str | None = option(None, "folder of the adapter and its checkpoints (default: adapters/RUN_NAME)")
+    do_train: bool = option(True, "train; with false the adapter of --adapter_path is only tested")
+    do_eval: bool = option(False, "compute the loss on held-out validation rows")
+    do_predict: bool = option(True, "answer the test rows and write them into the results")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW", "--lr")
+    per_device_train_batch_size: int = option(8, "rows per rank and micro-step in training", "--batch_size")
+    per_device_eval_batch_size: int = option(16, "rows per rank and step in evaluation", "--eval_batch_size")
+    num_train_epochs: float = option(3.0, "passes over the training rows", "--epochs")
+    save_strategy: str = option("epoch", "when checkpoints are written: no, epoch or steps")
+    save_total_limit: int | None = option(2, "checkpoints kept")
+    remove_unused_columns: bool = option(False, "drop columns the model's forward does not take (rows have none)")
+    logging_steps: float = option(10, "steps between two logged losses")
+    report_to: str | None = option("none", "TensorBoard, W&B and others, by the names transformers uses")
+    data_seed: int | None = option(42, "seed of the data's split, and of the order of rows")
+
+    def __post_init__(self):
+        if not 0 <= self.learning_rate < math.inf:
+            raise InputError(f"--learning_rate {self.learning_rate}: must be 0 or more")
+        for name in ("num_train_epochs", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise InputError(f"--max_steps {self.max_steps}: must be at least 1 (default: as many as --epochs take)")
+        for name in ("logging_steps", "save_steps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name, instead in INSTEAD.items():
+            if getattr(self, name):
+                raise InputError(f"--{name}: not here; {instead}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 0 and below 2**32")
+        for name in ("remove_unused_columns", "dataloader_drop_last"):
+            if getattr(self, name):
+                raise InputError(f"--{name}: not here; every row is answered, and rows hold what answering needs")
+        super().__post_init__()
+        missing = set(self.report_to) - set(get_available_reporting_integrations())
+        if missing:
+            raise InputError(f"--report_to {', '.join(sorted(missing))}: not installed; pip install it, or give none")
+
+
+ARGUMENT_CLASSES = (*OWN_CLASSES, TrainerArguments)
