@@ -63,7 +63,7 @@ def main(groups: list[str]) -> int:
             written = sum(property_of(case, "written") == "True" for case in mine)
             print(f"  {how:<14}largest weight difference {max(found):.3g}, {written} while a checkpoint was written")
     if "fuzz" in cases:
-        examples = sum(int(property_of(case, "cases") or 1) for case in cases["fuzz"])
+        examples = sum(int(property_of(case, "examples") or 1) for case in cases["fuzz"])
         print(f"{'fuzz':<16}{examples} cases, {len(cases['fuzz']) - held(cases['fuzz'])} failures")
     skipped = [case for some in cases.values() for case in some if case.find("skipped") is not None]
     for case in skipped:
