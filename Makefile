@@ -2,6 +2,7 @@
 #                                                               report: results/report.html
 # make report                                                   results/report.html of all runs so far
 # make test [JOBS=2]                                            all tests, two at a time
+# make test-faults                                              kills real runs, fills disks, mistypes flags; a summary
 # make lint                                                     ruff, and a search for secrets
 # make docs                                                     docs/api/index.html: the reference, from docstrings
 # Each sets up .venv itself. A GPU build, or another CPU build, of torch: make demo TORCH="torch==2.13.0 ..."
@@ -16,7 +17,7 @@ BIN     := .venv/bin
 # What DeepSpeed compiles lies in it too: two checkouts would have each other's compiled anew, again and again.
 RUN     := PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 
-.PHONY: demo report test lint docs clean
+.PHONY: demo report test test-faults lint docs clean
 
 demo: .venv/ready
 	$(RUN) accelerate launch --config_file ds_zero3_cpu.yaml --num_processes $(RANKS) demo/demo.py --adapter_name $(ADAPTER)
@@ -26,6 +27,9 @@ report: .venv/ready
 
 test: .venv/test-ready
 	$(RUN) HF_HUB_OFFLINE=1 python -m pytest -n $(JOBS)
+
+test-faults: .venv/test-ready
+	$(RUN) HF_HUB_OFFLINE=1 python tests/faults/run.py
 
 lint: .venv/test-ready
 	$(RUN) ruff check .

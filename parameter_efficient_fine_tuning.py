@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import time
+from pathlib import Path
 
 from transformers import set_seed
 
@@ -33,6 +34,7 @@ from bhpeft.base_model import (
 )
 from bhpeft.calibration import calibrate, check_calibration
 from bhpeft.config import Run, adopt_task, check_output_dir, goes_on, name_run, parse_arguments
+from bhpeft.fit import fit
 from bhpeft.job import Job, Learned
 from bhpeft.mc_dropout import check_dropout
 from bhpeft.plan.model import Question, check_names
@@ -40,6 +42,7 @@ from bhpeft.plan.report import print_plan
 from bhpeft.prediction import check_do_sample, greedy_config, sampling_config
 from bhpeft.record import parameters_line, say, write_run
 from bhpeft.results import RunFiles
+from bhpeft.resume import alone, check_launch, check_unfinished, clear, find, refuse_if_running, settings_of
 from bhpeft.rounds import learn_in_rounds
 from bhpeft.tasks import load_task
 from bhpeft.tasks.encoding import Collator
@@ -58,8 +61,14 @@ def main(argv: list[str] | None = None) -> dict | None:
     run = parse_arguments(argv)
     if run.plan.plan:
         return print_plan(run)
-    training = run.training
     job = prepare(run)
+    with environment.naming_lost_ranks(), alone(job):
+        return carry_out(job, started)
+
+
+def carry_out(job: Job, started: float) -> dict | None:
+    """Learn, answer and write; `started` by `time.perf_counter`. Returns as `main`."""
+    run, training = job.run, job.run.training
     learned = learn_in_rounds(job, build_trainer) if job.plan else learn(job)
     trainer, answered = learned.trainer, learned.answered
     trained = time.perf_counter()
@@ -95,6 +104,8 @@ def prepare(run: Run) -> Job:
         )
     name_run(run)
     files = RunFiles(run.output.results_dir, training.run_name)
+    refuse_if_running(run, files)
+    check_unfinished(run, files.metrics)
     files.check_free(run.output.overwrite or goes_on(run))
     check_output_dir(run)
     base_name = run.base.base_model or base_model_of(run.adapter.adapter_path)
@@ -128,7 +139,12 @@ def prepare(run: Run) -> Job:
     files.prepare()
     say(*notes)
     rows = (train_rows, validation_rows, test_rows, ood, ood_rows)
-    return Job(run, files, task, plan, base_name, with_head, in_4bit, tokenizer, encoder, *rows)
+    job = Job(run, files, task, plan, base_name, with_head, in_4bit, tokenizer, encoder, *rows)
+    if run.output.resume and not plan:
+        training.resume_from_checkpoint = find(job)
+    elif training.resume_from_checkpoint:
+        check_launch(training.resume_from_checkpoint)
+    return job
 
 
 def build_trainer(
@@ -165,6 +181,7 @@ def build_trainer(
         processing_class=job.tokenizer,
         with_head=job.with_head,
     )
+    trainer.settings = settings_of(job)
     trainer.kl_weight = run.adapter.kl_weight
     trainer.posterior_samples, trainer.mc_dropout_samples = run.data.posterior_samples, run.data.mc_dropout_samples
     trainer.card = card_of(run.data, task, encoder, job.in_4bit)
@@ -186,8 +203,10 @@ def learn(job: Job) -> Learned:
     if job.run.output.compare_base:
         job.answer_with_base(trainer, learned.answered)
     if job.train_rows is not None:
-        trainer.train(resume_from_checkpoint=job.run.training.resume_from_checkpoint)
-        trainer.save_model()
+        checkpoint = job.run.training.resume_from_checkpoint
+        if checkpoint is None:
+            clear(Path(job.run.training.output_dir))
+        fit(trainer, checkpoint)
     learned.history = trainer.state.log_history
     learned.seconds = time.perf_counter() - loaded
     return learned

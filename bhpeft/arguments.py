@@ -195,6 +195,9 @@ class OutputArguments:
 
     results_dir: str = option("results", "folder of the results")
     overwrite: bool = option(False, "replace the results and the adapter of an earlier run of the same name")
+    resume: bool = option(
+        False, "go on with the run of this name where it stopped; from the start where it has not begun"
+    )
     compare_base: bool = option(False, "answer the test rows with the frozen base as well, before training")
     smoke: bool = option(False, "a few rows and steps of the same run, to see that everything works")
 

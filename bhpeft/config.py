@@ -21,6 +21,7 @@ from bhpeft.arguments import (
     PlanArguments,
     RoundArguments,
 )
+from bhpeft.checkpoints import PARTIAL, fault, steps
 from bhpeft.errors import InputError
 from bhpeft.flags import FlagParser, command_words
 from bhpeft.tasks.card import TaskCard
@@ -126,10 +127,12 @@ def _make_small(run: Run) -> None:
 def _check(run: Run) -> None:
     """Settings that only make sense together, and the names that follow from others."""
     checkpoint = run.training.resume_from_checkpoint
-    if checkpoint and not (Path(checkpoint) / "trainer_state.json").is_file():
-        beside = Path(checkpoint).parent.glob("checkpoint-*/trainer_state.json")
-        whole = ", ".join(sorted(str(file.parent) for file in beside)) or "none"
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; whole ones beside it: {whole}")
+    if checkpoint and (why := fault(Path(checkpoint))):
+        whole = ", ".join(str(path) for _, path in steps(Path(checkpoint).parent) if not fault(path)) or "none"
+        what = f"--resume_from_checkpoint {checkpoint}: no whole checkpoint"
+        raise InputError(f"{what}, {why}; whole ones beside it: {whole}")
+    if run.output.resume:
+        _check_resume(run)
     if run.rounds.on:
         _check_rounds(run)
     elif unused := sorted(run.given & {field.name for field in dataclasses.fields(RoundArguments)}):
@@ -148,6 +151,19 @@ def _check(run: Run) -> None:
             run.notes.append(f"--{name}: has no effect without --{needed}")
     if not (run.training.do_train or run.training.do_eval or run.training.do_predict):
         raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; switch one on")
+
+
+def _check_resume(run: Run) -> None:
+    """`--resume` goes on with this run's own training; in rounds it is `--resume_rounds`."""
+    for name, why in (
+        ("overwrite", "one goes on, the other begins again"),
+        ("resume_from_checkpoint", "it finds the checkpoint itself"),
+    ):
+        if getattr(run.output, name, None) or getattr(run.training, name, None):
+            raise InputError(f"--resume with --{name}: {why}; give one of them")
+    if not run.training.do_train:
+        raise InputError("--resume with --do_train false: there is no training to go on with; leave one of them out")
+    run.rounds.resume_rounds = run.rounds.on
 
 
 def _check_rounds(run: Run) -> None:
@@ -217,8 +233,11 @@ def name_run(run: Run) -> None:
 
 
 def goes_on(run: Run) -> bool:
-    """Whether `--resume_rounds` finds a run in rounds to go on with."""
-    return run.rounds.resume_rounds and (Path(run.training.output_dir) / ROUNDS_STATE).is_file()
+    """Whether `--resume` or `--resume_rounds` finds anything of this run to go on with, whole or not."""
+    folder = Path(run.training.output_dir)
+    if run.rounds.on:
+        return run.rounds.resume_rounds and (folder / ROUNDS_STATE).is_file()
+    return run.output.resume and bool(steps(folder) or (folder / PARTIAL).exists())
 
 
 def check_output_dir(run: Run) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bhpeft.errors import InputError
+from bhpeft.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -42,6 +44,22 @@ def leave_together() -> None:
     wait_for_all()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_lost_ranks():
+    """Turn the error of a collective whose other ranks are gone into a `RunError` of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe", f"{type(error)} {error}")
+        if isinstance(error, RunError) or not lost or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        raise RunError(
+            f"rank {os.environ.get('RANK')} has lost another rank, which was killed or has failed ({lost[0]}); nothing "
+            "that was saved is lost: go on with --resume",
+            every_rank=True,
+        ) from error
 
 
 def wait_for_all() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2  # as argparse uses it for wrong flags
+EXIT_FAILED = 3  # the run itself went wrong: numbers, or another rank
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by SIGTERM, all that was learned is saved; --resume goes on
 
 
 class InputError(ValueError):
@@ -18,6 +20,27 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, and not for what it was given; `str(error)` is one line.
+
+    Attributes:
+        code: what the process exits with.
+        every_rank: not only one rank of each machine says it; the one that would may be gone.
+    """
+
+    code = EXIT_FAILED
+
+    def __init__(self, message: str, every_rank: bool = False):
+        super().__init__(" ".join(message.split()))
+        self.every_rank = every_rank
+
+
+class Stopped(RunError):
+    """The run was told to stop and has saved a checkpoint."""
+
+    code = EXIT_STOPPED
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -41,17 +64,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; turn an `InputError` into one line on stderr and exit code 2.
+    """Run a script's `main`; turn an `InputError` or a `RunError` into one line on stderr and an exit code.
 
     With `--debug` on the command line the traceback is shown as well.
     """
     try:
         main()
-    except InputError as error:
-        if "--debug" in sys.argv:
+    except (InputError, RunError) as error:
+        if "--debug" in sys.argv and not isinstance(error, Stopped):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds the error; one of each machine says it
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Every rank finds the error; one of each machine says it.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "every_rank", False):
+            kind = "stopped" if isinstance(error, Stopped) else "error"
+            behind = "\n" if isinstance(error, RunError) else ""  # a progress bar, which has no line end
+            print(f"{behind}{kind}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the first rank to exit has the launcher end the others, the one that speaks among them
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(getattr(error, "code", EXIT_BAD_INPUT))

@@ -67,6 +67,8 @@ def write_run(
     memory = gather_object([environment.peak_memory_mib()])
     if not environment.is_main_process():
         return None
+    if not files.results_dir.is_dir():
+        say(f"{files.results_dir} was removed while the run went on; it is made again for this run's files")
     report = report_for(task)
     tables = {name: report.predictions(part, task) for name, part in answered.items()}
     figures = {name: report.figures(answered[name], tables[name], task) for name in answered if name != "ood"}
@@ -122,9 +124,8 @@ def write_run(
             say(f"to be judged    {files.human_evaluation}")
     elif columns:
         say("", figures_table(columns, report.ROWS))
-    write_metrics(files.metrics, record)
     describe_run(files.descriptions, record)
-    say(f"figures         {files.metrics}", f"description     {files.descriptions}")
+    say(f"description     {files.descriptions}")
     if "adapter" in answered:
         shown = {heading: found for heading, found in columns.items() if heading != "validation"}
         plot = report.draw(shown, tables["adapter"], task)
@@ -136,6 +137,8 @@ def write_run(
         say(f"adapter         {Path(run.training.output_dir)}")
     if rounds is not None:
         say(f"rounds          {files.rounds}, {files.plots / 'rounds.png'}")
+    write_metrics(files.metrics, record)  # last of all: a run that has it is finished
+    say(f"figures         {files.metrics}")
     where = "" if files.results_dir.resolve() == RESULTS else f" --results_dir {files.results_dir}"
     say(f"report          python util/report.py{where}")
     if rounds is not None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bhpeft.errors import InputError
 from bhpeft.files import column_indices, csv_line, read_json, read_rows, read_text, write_atomic
+from bhpeft.locks import held, lock_beside
 
 if TYPE_CHECKING:
     import pandas
@@ -305,7 +306,11 @@ def describe_run(path: str | Path, record: dict[str, Any]) -> None:
     lines is a person's and stays as it is. `record` is that of `write_metrics`, with `rows`
     ({split: count}) if known. Raises `InputError` where an entry has lost its last line.
     """
-    record = _plain(record)
+    with held(lock_beside(path), wait=True):  # two runs may end at once
+        _describe(path, _plain(record))
+
+
+def _describe(path: str | Path, record: dict[str, Any]) -> None:
     name = check_run_name(record["run_name"])
     text = read_text(path) if Path(path).exists() else ""
     first, last = f"==== RUN {name} ====", f"==== END {name} ===="

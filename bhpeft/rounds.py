@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import json
 import math
 import re
@@ -29,23 +28,18 @@ from bhpeft.base_model import parameter_counts
 from bhpeft.config import ROUNDS_STATE
 from bhpeft.errors import InputError
 from bhpeft.files import read_text, write_atomic
+from bhpeft.fit import fit
 from bhpeft.job import Job, Learned
 from bhpeft.prediction import read_answers
 from bhpeft.record import parameters_line, say
 from bhpeft.report import rounds as report
 from bhpeft.report.answered import Answered
+from bhpeft.resume import check_same, find_in, settings_of
 from bhpeft.tasks import Example
 from bhpeft.trainer_arguments import TrainerArguments
 from bhpeft.training import AdapterTrainer
 
-PATHS = ("dataset_name", "data_path", "test_file", "validation_file", "round_files")  # their rows count, not they
 FEW_STEPS = 5  # a round of fewer is told of --min_round_steps
-TRAINING = (
-    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha",
-    "train_sampling_strategy", "seed", "data_seed", "precision",
-)  # fmt: skip  # with all other settings but OutputArguments': what a round's result depends on
 
 
 def learn_in_rounds(job: Job, build: Callable[..., AdapterTrainer]) -> Learned:
@@ -134,9 +128,7 @@ def train_round(job: Job, trainer: AdapterTrainer, number: int, examples: int) -
     """
     rounds, new = job.run.rounds, job.plan.new
     begun = time.perf_counter()
-    checkpoint = checkpoint_in(Path(trainer.args.output_dir)) if rounds.resume_rounds else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    fit(trainer, find_in(Path(trainer.args.output_dir)) if rounds.resume_rounds else None)
     seconds = time.perf_counter() - begun
     return {
         "round": number,
@@ -219,19 +211,6 @@ def line_of(done: dict) -> str:
 # --------------------------------------------------------------------------------------------- resuming
 
 
-def settings_of(job: Job) -> dict:
-    """What the rounds' results depend on: settings, and a digest of all rows in the order they arrive."""
-    run, everything = job.run, job.run.as_dict()
-    names = {f.name for part in (run.base, run.adapter, run.data, run.rounds) for f in dataclasses.fields(part)}
-    names = names - {"resume_rounds", *PATHS} | set(TRAINING)
-    parts = [[(e.query, e.answer) for e in rows] for rows in (job.task.test, job.task.train)]
-    rows = json.dumps([*parts, job.plan.new, list(job.task.labels)])
-    found = {name: everything.get(name) for name in sorted(names)}
-    found["ranks"] = run.training.world_size
-    found["rows"] = hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return json.loads(json.dumps(found, default=str))
-
-
 def open_rounds(folder: Path, settings: dict, resume: bool) -> list[dict]:
     """The rounds that are finished in a run's folder; without `resume` none, and what an earlier run left is removed.
 
@@ -244,14 +223,7 @@ def open_rounds(folder: Path, settings: dict, resume: bool) -> list[dict]:
     if state is None:
         say(f"{folder}: nothing to go on with; beginning with the first round")
         return begin(folder, settings)
-    differing = [name for name in settings if state["settings"].get(name) != settings[name]]
-    if differing:
-        name = differing[0]
-        was = state["settings"].get(name)
-        raise InputError(
-            f"--resume_rounds: {folder / ROUNDS_STATE} was made with {name} {was!r}, and now it is {settings[name]!r}; "
-            "give the same flags and rows, or begin again with --overwrite"
-        )
+    check_same(state["settings"], settings, f"--resume_rounds: {folder / ROUNDS_STATE}")
     say(f"{len(state['rounds'])} rounds are finished in {folder}: going on behind them")
     return state["rounds"]
 
@@ -288,19 +260,6 @@ def read_state(folder: Path) -> dict | None:
         return {"settings": dict(state["settings"]), "rounds": list(state["rounds"])}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: not what a run in rounds writes ({error}); begin again with --overwrite") from error
-
-
-def checkpoint_in(folder: Path) -> str | None:
-    """The last whole checkpoint of a round that has steps left, if it has one.
-
-    From one of its last step the Trainer would go on to the end of the epoch, beyond `--max_steps`.
-    """
-    whole = {}
-    for file in folder.glob("checkpoint-*/trainer_state.json"):
-        state = json.loads(read_text(file))
-        if state["global_step"] < state["max_steps"]:
-            whole[state["global_step"]] = str(file.parent)
-    return whole[max(whole)] if whole else None
 
 
 def release(trainer: AdapterTrainer) -> None:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bhpeft.adapters.bh_peft import kl_divergence, kl_gradient_norm, mean_sigma, nll_gradient_norm
 from bhpeft.adapters.carry import Anchor
 from bhpeft.adapters.posterior import posterior_noise
+from bhpeft.checkpoints import PARTIAL, STATE, keep_last, move_into, seal, writing
 from bhpeft.labelled_logits import at_labels, takes_positions, virtual_tokens_of
 from bhpeft.mc_dropout import batch_seed, dropout_noise
 from bhpeft.prediction import Answers, generate, label_log_likelihoods, seeded
+from bhpeft.sharded_state import load_sharded, save_sharded
 from bhpeft.tasks.card import TaskCard
+
+SCHEDULER = "scheduler.pt"
 
 
 class AdapterTrainer(Trainer):
@@ -34,6 +43,10 @@ class AdapterTrainer(Trainer):
     card: TaskCard | None = None  # written beside the adapter
     anchor: Anchor | None = None  # holds weights to those of the round before, by l2_weight / 2 |theta - theta_0|^2
     l2_weight: float = 0.0
+    settings: dict | None = None  # what the run's result depends on, written into its checkpoints
+    step_loss: float = 0.0  # of the last micro-step, or of the first of a step that was not finite: for `Watch`
+    step_gradient: float = 0.0  # norm
+    step_inputs: dict[str, torch.Tensor]
 
     def __init__(self, *args, with_head: bool = False, **kwargs):
         """Args:
@@ -89,17 +102,24 @@ class AdapterTrainer(Trainer):
     def _note_scale(self, gradient: torch.Tensor) -> None:
         self._scale = gradient.detach()
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         """One micro-step; beside it the norm of the NLL's gradient by the Gaussian weights (this rank's rows).
 
         The loss is scaled for fp16 and divided over accumulated micro-steps: what flows back into the NLL is that
         factor, and is taken out again.
         """
         self._scale = None
-        loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if math.isfinite(self.step_loss):
+            self.step_loss, self.step_inputs = loss.item(), inputs
         if self._scale is not None:
             self._terms["nll_grad_norm"].append(nll_gradient_norm(self.model) / self._scale * self._parts)
         return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.step_gradient = 0.0 if norm is None else float(norm)
+        return norm
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Beside the loss: NLL, KL (nats), its part of the loss, both gradients' norms by the Gaussian weights, and the
@@ -174,16 +194,85 @@ class AdapterTrainer(Trainer):
         Under ZeRO-3 a rank holds shards: the trainable weights are gathered first, and every rank runs peft's
         saving code, because that runs the prompt encoder, whose forward pass is itself collective. Rank 0 writes.
         """
+        target = Path(output_dir or self.args.output_dir)
+        beside = target / PARTIAL
+        if self.args.should_save:
+            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with gathered(trainable):
+        with gathered(trainable), writing(target):
             self.model.save_pretrained(
-                output_dir or self.args.output_dir,
+                str(beside),
                 is_main_process=self.args.should_save,
                 save_embedding_layers=False,  # the base is frozen; looking whether it is would ask the hub
             )
-        if self.card is not None and self.args.should_save:
-            self.card.write(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            with writing(target):
+                if self.card is not None:
+                    self.card.write(beside)
+                move_into(beside, target)
         self.accelerator.wait_for_everyone()
+
+    # What follows is the Trainer's own way of saving and resuming, but for three things: a checkpoint is written beside
+    # and sealed, ZeRO-3's part of it is whole, and rank 0 alone writes.
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        beside = folder / PARTIAL
+        if self.args.should_save:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.args.output_dir = str(beside)
+        try:
+            with writing(folder / name):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder / name)
+        if self.args.should_save:
+            with writing(folder / name):
+                self.state.save_to_json(str(beside / name / STATE))
+                seal(beside / name, folder / name, self.settings)
+                beside.rmdir()
+            keep_last(folder, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_deepspeed_zero3_enabled():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_sharded(self.model_wrapped, output_dir, self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with tempfile.TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            states = gather_object([(file.name, file.read_bytes()) for file in Path(own).iterdir()])
+        if self.args.should_save:
+            for name, state in states:
+                (Path(output_dir) / name).write_bytes(state)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        whole = resume_from_checkpoint if is_deepspeed_zero3_enabled() else None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if whole else resume_from_checkpoint)
+        if whole:
+            load_sharded(self.model_wrapped, whole)
+            self.lr_scheduler.load_state_dict(torch.load(Path(whole) / SCHEDULER, weights_only=True))
+        return prepared
+
+    def _load_best_model(self) -> None:
+        if is_deepspeed_zero3_enabled():
+            load_sharded(self.model_wrapped, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed behind the last step; the Trainer would take another
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from bhpeft import environment
+from bhpeft.checkpoints import seal
 from bhpeft.config import adopt_task, check_output_dir, name_run, parse_arguments
 from bhpeft.errors import InputError, nearest
 from bhpeft.tasks.card import TaskCard
@@ -127,8 +128,9 @@ def test_an_adapter_is_not_written_over(tmp_path):
     check_output_dir(parse_arguments([*flags, "--overwrite"]))
     check_output_dir(parse_arguments([*BASE, "--output_dir", str(tmp_path / "new")]))
     for run in ("mine", "other"):  # resuming writes on into its own folder, and into no other
-        (tmp_path / run / "checkpoint-3").mkdir(parents=True)
-        (tmp_path / run / "checkpoint-3/trainer_state.json").write_text("{}")
+        (tmp_path / run / "written").mkdir(parents=True)
+        (tmp_path / run / "written/trainer_state.json").write_text("{}")
+        seal(tmp_path / run / "written", tmp_path / run / "checkpoint-3", None)
     resume = [*BASE, "--resume_from_checkpoint", str(tmp_path / "mine/checkpoint-3"), "--output_dir"]
     check_output_dir(parse_arguments([*resume, str(tmp_path / "mine")]))
     with pytest.raises(InputError, match="--overwrite"):

@@ -22,7 +22,7 @@ from bhpeft.base_model import load_with_head
 from bhpeft.errors import InputError
 from bhpeft.report.rounds import matrix, name_of, read_rounds, sentence, still_known
 from bhpeft.results import read_predictions
-from bhpeft.rounds import carry, checkpoint_in
+from bhpeft.rounds import carry
 from bhpeft.tasks import Example, Task, load_task
 from bhpeft.tasks.encoding import Collator
 from bhpeft.tasks.rounds import RoundPlan, arrive, load_domains, load_in_rounds
@@ -471,16 +471,6 @@ def test_a_run_killed_in_a_round_goes_on_to_the_same_result(learn, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(AdapterTrainer, "train", None)
         assert learn(*flags, "on", "--resume_rounds")["metrics"] == whole["metrics"]
-
-
-def test_the_checkpoint_that_is_gone_on_from_is_whole_and_has_steps_left(tmp_path):
-    assert checkpoint_in(tmp_path) is None
-    for step in (8, 12, 16, 20):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if step != 16:  # cut short while it was written
-            text = json.dumps({"global_step": step, "max_steps": 20})
-            (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
-    assert checkpoint_in(tmp_path) == str(tmp_path / "checkpoint-12")
 
 
 def test_overwriting_removes_the_rounds_of_the_run_before(learn, tmp_path):
