@@ -159,8 +159,8 @@ class GaussianLinear(nn.Module):
         if batch is not None:
             x, mean = x.expand(batch, *x.shape), mean.expand(batch, *mean.shape)
         middle = [1] * (x.dim() - 2)
-        s = _signs(x.shape[0], *middle, self.in_features, like=x)
-        r = _signs(x.shape[0], *middle, self.out_features, like=x)
+        signs = _signs(x.shape[0], *middle, self.in_features + self.out_features, like=x)
+        s, r = signs.split((self.in_features, self.out_features), -1)
         return torch.addcmul(mean, nn.functional.linear(x * s, sigma * torch.randn_like(sigma)), r)
 
     def _draws(self, x: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, batch: int | None) -> torch.Tensor:
@@ -192,4 +192,7 @@ class LowRank(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """delta(x), in the shape that `up` gives: (..., out_features)."""
         hidden = self.down(self.dropout(x) if self.training else x)
-        return self.up(torch.relu(hidden) if self.relu else hidden) * self.scale
+        hidden = torch.relu(hidden) if self.relu else hidden
+        if self.up.bias is None:  # the same, on a narrower tensor
+            return self.up(hidden * self.scale)
+        return self.up(hidden) if self.scale == 1 else self.up(hidden) * self.scale

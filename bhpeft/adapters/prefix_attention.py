@@ -106,14 +106,17 @@ def _merged(
         keys, value, prefix_value = repeated
     scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is not None:
-        scores = scores + mask
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     shares = nn.functional.softmax(scores, -1, dtype=torch.float32)
-    rest = shares[..., length:].sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     weights = nn.functional.dropout(shares, dropout, module.training).to(query.dtype)
+    parts = length, shares.shape[-1] - length
+    on_prefix, on_text = weights.split(parts, -1)
+    seen = shares.split(parts, -1)[1]
+    rest = seen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     gate = gate.to(torch.float32)[:, None, None]
-    text = weights[..., length:] @ value * (gate + (1 - gate) / rest).to(query.dtype)
-    output = torch.addcmul(text, weights[..., :length] @ prefix_value.to(query.dtype), gate.to(query.dtype))
-    return output.transpose(1, 2), shares[..., length:] / rest
+    text = on_text @ value * (gate + (1 - gate) / rest).to(query.dtype)
+    output = torch.addcmul(text, on_prefix @ prefix_value.to(query.dtype), gate.to(query.dtype))
+    return output.transpose(1, 2), seen / rest
 
 
 def widened_mask(
