@@ -192,7 +192,5 @@ class LowRank(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """delta(x), in the shape that `up` gives: (..., out_features)."""
         hidden = self.down(self.dropout(x) if self.training else x)
-        hidden = torch.relu(hidden) if self.relu else hidden
-        if self.up.bias is None:  # the same, on a narrower tensor
-            return self.up(hidden * self.scale)
-        return self.up(hidden) if self.scale == 1 else self.up(hidden) * self.scale
+        delta = self.up(torch.relu(hidden) if self.relu else hidden)
+        return delta if self.scale == 1 else delta * self.scale
