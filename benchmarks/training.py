@@ -136,7 +136,7 @@ def stock_trainer(task: dict, arguments):
         rows = []
         for text, label in texts:
             prompt = tokenizer(TEMPLATE.format(text=text))["input_ids"]
-            answer = tokenizer(label)["input_ids"] + [tokenizer.eos_token_id]
+            answer = tokenizer(label, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
             rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
         fill = {"padding": "max_length", "max_length": 512} if task.get("padded") else {}
         collator = DataCollatorForSeq2Seq(tokenizer, **fill)
