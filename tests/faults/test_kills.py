@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
@@ -27,7 +28,10 @@ def wait_for(moment: str, run, whole, folder, chance, attempt: int) -> bool:
         spared, seen = chance.randrange(1, 8), set()
 
         def being_written() -> bool:
-            names = {path.name for path in (folder / "adapters/r" / PARTIAL).glob("checkpoint-*")}
+            try:
+                names = {n for n in os.listdir(folder / "adapters/r" / PARTIAL) if n.startswith("checkpoint-")}
+            except FileNotFoundError:  # not yet, or not any more
+                return False
             seen.update(names)
             return bool(names) and len(seen) > spared
 
