@@ -258,6 +258,14 @@ def test_answering_counts_samples_and_labels(tiny_encoder):
     assert 8 < ten.peak / once.peak < 12 and 9 < ten.flops / once.flops < 11
 
 
+def test_a_tuned_prompt_is_planned(tiny_model):
+    flags = ["--adapter_name", "prompt-tuning", "--prompt_init_text", "say", "--plan", "--batch_size", 4]
+    plan = Plan(arguments(tiny_model, *flags, "--num_virtual_tokens", 8))
+    longer = Plan(arguments(tiny_model, *flags, "--num_virtual_tokens", 80))
+    few, many = (p.cost(p.asked, 4, False) for p in (plan, longer))
+    assert many.flops > few.flops > 0 and many.peak > few.peak
+
+
 @pytest.mark.parametrize("flags", [("--gpu_memory", "0"), ("--flops", "-1"), ("--plan_ranks", "0")])
 def test_values_that_cannot_be_are_refused(tiny_model, flags):
     with pytest.raises(InputError, match=flags[0]):

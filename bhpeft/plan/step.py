@@ -234,3 +234,6 @@ def _materialise(model: nn.Module) -> None:
                         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                     made[id(tensor)] = new
                 tensors[name] = made[id(tensor)]
+    tokens = getattr(model, "prompt_tokens", {})  # of peft's prompts, no buffers
+    for name, tensor in tokens.items():
+        tokens[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
