@@ -5,7 +5,7 @@
 One epoch of GLUE's 67,349 training rows, in bf16 (half the time of fp32 on CPUs that have it; --fp32); accuracy on the
 872 rows of GLUE's dev, which nothing is tuned on. Adapters are trained by the project's own trainer with
 recipes/bh_peft_minilm_sst2.yaml and what SETTINGS change in it; full fine-tuning, which it does not offer, by the same
-Trainer on the same rows. Prints a table of each method's mean over the seeds and writes results/benchmarks/accuracy.json
+Trainer on the same rows. Prints a table of each method over the seeds and writes results/benchmarks/accuracy.json
 after every run. Runs that are in that file already are not repeated (--again repeats them), and none of another
 precision or number of rows is lost. --max_train_samples 640 makes it a smoke test.
 """
