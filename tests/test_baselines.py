@@ -24,7 +24,7 @@ from bhpeft.errors import InputError
 from bhpeft.mc_dropout import batch_seed, check_dropout, dropout_noise
 from bhpeft.report import labels, numbers
 from bhpeft.report.answered import Answered
-from bhpeft.results import ModelOutput, read_predictions
+from bhpeft.results import ModelOutput, read_metrics, read_predictions
 from bhpeft.scores import probabilities
 from bhpeft.tasks import Example, Task, load_task
 from bhpeft.tasks.card import TaskCard
@@ -260,7 +260,7 @@ def calibrated(validation, test, tmp_path):
         data=SimpleNamespace(posterior_samples=0, mc_dropout_samples=0, fit_temperature=True),
         training=SimpleNamespace(do_train=True, output_dir=tmp_path),
     )
-    card = TaskCard("classification", ["no", "yes"], True, "", None, 64, "score")
+    card = TaskCard("classification", ["no", "yes"], True, "{text_input}", None, 64, "score")
     calibrate(run, LABELS, {"validation": validation, "adapter": test}, card)
     return card
 
@@ -375,7 +375,9 @@ def test_the_benchmark_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_pa
                         {"train": small, "test": {"posterior_samples": 2, "fit_temperature": True}})  # fmt: skip
     record = uncertainty.main([*flags, "--methods", "map,bh-peft+temperature"])
     assert [run["method"] for run in record["runs"]] == ["map", "bh-peft+temperature"]
-    assert record["runs"][0]["temperature"] is None and record["runs"][1]["temperature"] > 0
+    configuration = read_metrics(tmp_path / "work/results/bh-peft+temperature-0/metrics/run.json")["config"]
+    assert configuration["fit_temperature"] and configuration["validation_file"].endswith("validation.csv")
+    assert not configuration["bf16"] and configuration["max_length"] == 128  # answers are given in fp32
     assert all(0 <= run["measures"]["entropy"]["auroc_ood"] <= 1 for run in record["runs"])
     text = capsys.readouterr().out
     assert "Minus map" in text and (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG")

@@ -22,6 +22,7 @@ from transformers import (
 from bhpeft.adapters import BhPeftConfig, kl_divergence, posterior_noise, posterior_samples
 from bhpeft.adapters.bh_peft import PRESETS, gaussian_layers
 from bhpeft.adapters.gaussian import GaussianLinear, gaussian_kl
+from bhpeft.adapters.prefix_attention import _merged
 from bhpeft.base_model import parameter_counts
 from bhpeft.errors import InputError
 
@@ -401,3 +402,24 @@ def test_kl_is_none_without_gaussian_weights():
     model = adapted(base_of("llama"), bayesian="none").train()
     model(**batch())
     assert kl_divergence(model) is None
+
+
+@pytest.mark.parametrize("size", [1.0, 200.0])
+def test_prefix_and_text_in_one_product_equal_the_joint_softmax_and_have_gradients_whatever_the_scores(size):
+    """Where the prefix takes nearly all of the joint softmax, dividing by what is left of it would not."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 5, 8).requires_grad_() for _ in range(3))
+    prefix_key = (size * query.detach().mean(2, keepdim=True).expand(-1, -1, 3, -1)).clone().requires_grad_()
+    prefix_value = torch.randn(2, 4, 3, 8).requires_grad_()
+    gate = torch.linspace(-0.5, 1.5, 4).requires_grad_()
+    inputs = [query, key, value, prefix_key, prefix_value, gate]
+    prefix = prefix_key, prefix_value, gate
+    out, weights = _merged(torch.nn.Module(), query, key, value, None, prefix, is_causal=False)
+    alone = (query @ key.mT / 8**0.5).softmax(-1)
+    both = (query @ torch.cat([prefix_key, key], 2).mT / 8**0.5).softmax(-1) @ torch.cat([prefix_value, value], 2)
+    expected = torch.lerp(alone @ value, both, gate[:, None, None]).transpose(1, 2)
+    assert torch.allclose(out, expected, atol=1e-5) and torch.allclose(weights, alone, atol=1e-6)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad((out * weight).sum(), inputs)
+    for a, b in zip(found, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        assert a.isfinite().all() and torch.allclose(a, b, rtol=1e-3, atol=1e-2 * size)

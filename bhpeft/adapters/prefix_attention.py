@@ -7,7 +7,7 @@
 
 Every current transformers model calls the function that `config._attn_implementation` names, with its attention module
 first. The functions registered here look for a `bh_prefix` on that module and call the model's own implementation
-around it: sdpa twice, for the text and for both. Where attention is "eager", both come of one softmax (`_merged`).
+around it: sdpa twice, for the text and for both. Where attention is "eager", both come of one product (`_merged`).
 Positions and the KV cache stay as they are: the prefix is put before what the cache returns, each time.
 """
 
@@ -86,16 +86,18 @@ def _merged(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gated attention from one softmax over prefix and text, p = [p_p; p_t], with t = sum p_t, the text's share:
+    """Gated attention from one product with the keys of both, q K'^T = [s_p, s_t]:
 
-        Attn(q, K', V') = p_p V_p + p_t V,   Attn(q, K, V) = p_t V / t
-        out = g p_p V_p + (g + (1 - g) / t) p_t V
+        l = sigmoid(logsumexp s_p - logsumexp s_t),  the prefix's share of softmax([s_p, s_t])
+        out = (1 - g l) softmax(s_t) V + g l softmax(s_p) V_p
+
+    A share of the joint softmax divided by the text's would do as well, but for its gradient where the text's is small.
 
     Args:
         query, key, value: (B, heads or KV heads, L or T, D).
 
     Returns:
-        (B, L, heads, D), and the text's weights p_t / t (B, heads, L, T).
+        (B, L, heads, D), and the text's weights softmax(s_t), (B, heads, L, T).
     """
     prefix_key, prefix_value, gate = prefix
     length = prefix_key.shape[2]
@@ -107,16 +109,16 @@ def _merged(
     scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    shares = nn.functional.softmax(scores, -1, dtype=torch.float32)
-    weights = nn.functional.dropout(shares, dropout, module.training).to(query.dtype)
-    parts = length, shares.shape[-1] - length
-    on_prefix, on_text = weights.split(parts, -1)
-    seen = shares.split(parts, -1)[1]
-    rest = seen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    gate = gate.to(torch.float32)[:, None, None]
-    text = on_text @ value * (gate + (1 - gate) / rest).to(query.dtype)
-    output = torch.addcmul(text, on_prefix @ prefix_value.to(query.dtype), gate.to(query.dtype))
-    return output.transpose(1, 2), seen / rest
+    of_prefix, of_text = scores.float().split((length, scores.shape[-1] - length), -1)
+    share = torch.sigmoid(of_prefix.logsumexp(-1, keepdim=True) - of_text.logsumexp(-1, keepdim=True))
+    weights = of_text.softmax(-1)
+
+    def attended(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(weights, dropout, module.training).to(query.dtype) @ values.to(query.dtype)
+
+    text, prefixed = attended(weights, value), attended(of_prefix.softmax(-1), prefix_value)
+    output = torch.lerp(text, prefixed, (gate.float()[:, None, None] * share).to(query.dtype))
+    return output.transpose(1, 2), weights
 
 
 def widened_mask(
