@@ -100,7 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
     if output.smoke:
         _make_small(run)
     _check(run)
-    if training.do_train and base.attn_implementation is None:
+    if training.do_train and base.attn_implementation is None and not plan.gpu_memory:  # a plan for a GPU: its own
         base.attn_implementation = environment.training_attention(precision, data.max_length)
     return run
 

@@ -267,9 +267,7 @@ class AdapterTrainer(Trainer):
             super()._load_best_model()
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed behind the last step; the Trainer would take another
+        if self.state.global_step >= self.state.max_steps:  # resumed behind the last; the Trainer would take another
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

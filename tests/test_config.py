@@ -215,3 +215,4 @@ def test_training_in_bf16_on_a_cpu_takes_plain_attention_unless_it_is_told_or_te
     assert chosen("--bf16", "--max_length", "257") is None
     assert chosen("--max_length", "64") is None
     assert chosen("--bf16", "--attn_implementation", "sdpa") == "sdpa"
+    assert chosen("--bf16", "--plan", "--gpu_memory", "24") is None
