@@ -1,20 +1,25 @@
-"""What do ten posterior samples cost, drawn in one batched pass, against one pass and against ten passes?
+"""What do ten posterior samples cost, against one pass and against ten passes?
 
-    python benchmarks/sampling.py --base_model FOLDER_OF_MINILM [--samples 10] [--smoke]
+    python benchmarks/sampling.py --base_model FOLDER_OF_MINILM [--data_path FOLDER_OF_SST2] [--samples 10] [--smoke]
 
 BH-PEFT with Gaussian down matrices (--bayesian all: every matrix) on the encoder, with random up matrices so that the
-noise reaches the output. Ten sequential passes under the very same noise must give the same logits but for rounding.
-Prints the fastest of --repeats in milliseconds and ratios to one pass at the posterior mean, for one sentence and for a
-batch of 32, and writes them to results/benchmarks/sampling.json. --smoke: few repeats, nothing written.
+noise reaches the output; the 872 sentences of SST-2's dev, in their order as stock evaluation takes them, and sorted by
+length; one by one, and in batches of 64. "one pass" is at the posterior mean; "batched" is how the trainer samples
+(adapters/posterior.py: sampled); "one by one" a pass a sample under the very same noise, whose logits must be the same
+but for rounding. Prints medians of --repeats turns in milliseconds, and of the ratios to one pass within a turn, and
+writes them to results/benchmarks/sampling.json. --smoke: one turn, nothing written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,13 +27,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bhpeft.adapters import attach_adapter, posterior_noise, posterior_samples  # noqa: E402
+from bhpeft.adapters import attach_adapter, posterior_noise  # noqa: E402
 from bhpeft.adapters.bh_peft import gaussian_layers  # noqa: E402
+from bhpeft.adapters.posterior import sampled  # noqa: E402
 from bhpeft.arguments import AdapterArguments  # noqa: E402
 from bhpeft.base_model import load_tokenizer, load_with_head  # noqa: E402
-from bhpeft.environment import hardware, library_versions  # noqa: E402
+from bhpeft.environment import hardware, keep_freed_memory, library_versions  # noqa: E402
 from bhpeft.errors import InputError, run_main  # noqa: E402
 from bhpeft.files import write_atomic  # noqa: E402
+from bhpeft.tasks.known import read_known  # noqa: E402
 
 SENTENCES = [
     "it 's a charming and often affecting journey .",
@@ -40,65 +47,91 @@ SETTINGS = {
     "adapter_name": "bh-peft", "prefix_length": 10, "prefix_bottleneck_size": 2, "lora_rank": 4,
     "bn_reduction_factor": 32, "adapter_scaling": 1.0,
 }  # fmt: skip
+ORDERS = ("in their order", "by length")
 TOLERANCE = 1e-3  # of the samples' deviation: the order of sums differs between one large product and ten small ones
 
 
+def logits_of(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    """(rows, C), of the head."""
+    return model(**inputs).logits
+
+
 @torch.no_grad()
-def sequential(model: torch.nn.Module, inputs: dict, noise: list[torch.Tensor]) -> torch.Tensor:
-    """(S, B, C) logits, one pass a sample.
-
-    Args:
-        noise: a (S, out, in) tensor for each Gaussian matrix.
-    """
-    layers, logits = gaussian_layers(model), []
-    try:
-        for s in range(len(noise[0])):
-            for layer, eps in zip(layers, noise, strict=True):
-                layer.eps = eps[s : s + 1]
-            logits.append(model(**inputs).logits)
-    finally:
-        for layer in layers:
-            layer.eps = None
-    return torch.stack(logits)
+def one_pass(model: torch.nn.Module, batches: list[dict]) -> list[torch.Tensor]:
+    """(B, C) logits at the posterior mean, of each batch."""
+    return [logits_of(model, inputs) for inputs in batches]
 
 
-def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """Fastest of several calls, in milliseconds, after one that does not count: what other programs disturb least.
+@torch.no_grad()
+def batched(model: torch.nn.Module, batches: list[dict], samples: int) -> list[torch.Tensor]:
+    """(S, B, C) logits of each batch, as the trainer answers."""
+    found = []
+    for inputs in batches:
+        with posterior_noise(model, samples, seed=0):
+            found.append(sampled(partial(logits_of, model), inputs, samples))
+    return found
 
-    With one thread it is the time on the processor, which a busy machine does not lengthen; else time on the clock.
+
+@torch.no_grad()
+def sequential(model: torch.nn.Module, batches: list[dict], samples: int) -> list[torch.Tensor]:
+    """The same, one pass a sample, as published code does it."""
+    layers, found = gaussian_layers(model), []
+    with posterior_noise(model, samples, seed=0) as noise:
+        for inputs in batches:
+            logits = []
+            for s in range(samples):
+                for layer, eps in zip(layers, noise, strict=True):
+                    layer.eps = eps[s : s + 1]
+                logits.append(logits_of(model, inputs))
+            found.append(torch.stack(logits))
+    return found
+
+
+def times_in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, the ways taking turns, after one round that does not count.
+
+    With one thread it is the time on the processor, which a busy machine lengthens less; else time on the clock.
     """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    function()
-    times = []
-    for _ in range(repeats):
-        started = clock()
-        function()
-        times.append(1000 * (clock() - started))
-    return min(times)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            started = clock()
+            way()
+            if turn:
+                times[name].append(1000 * (clock() - started))
+    return times
 
 
-def measure(model: torch.nn.Module, inputs: dict, samples: int, repeats: int) -> dict:
-    """Times and ratios for one batch, and the largest difference of the two ways' logits.
+def measure(model: torch.nn.Module, batches: list[dict], samples: int, repeats: int) -> dict:
+    """Medians of times, and of ratios within a turn, over these batches; and how far the two ways' logits differ.
 
     Raises:
         InputError: they differ by more than rounding.
     """
-    with posterior_noise(model, samples, seed=0) as noise:
-        noise = [eps.clone() for eps in noise]
-    batched = posterior_samples(model, inputs, samples, seed=0)
-    one_by_one = sequential(model, inputs, noise)
-    difference, spread = (batched - one_by_one).abs().max().item(), batched.std(dim=0).mean().item()
+    pairs = zip(batched(model, batches, samples), sequential(model, batches, samples), strict=True)
+    together, one_by_one = (torch.cat(part, 1) for part in zip(*pairs, strict=True))
+    difference, spread = (together - one_by_one).abs().max().item(), together.std(dim=0).mean().item()
     if not difference <= TOLERANCE * spread:
         raise InputError(f"samples drawn in one pass differ from those drawn one by one by {difference:.2g}")
-    with torch.no_grad():
-        found = {
-            "one_pass_ms": milliseconds(lambda: model(**inputs).logits, repeats),
-            "batched_ms": milliseconds(lambda: posterior_samples(model, inputs, samples, seed=0), repeats),
-            "sequential_ms": milliseconds(lambda: sequential(model, inputs, noise), repeats),
-        }
-    found["batched_ratio"] = found["batched_ms"] / found["one_pass_ms"]
-    found["sequential_ratio"] = found["sequential_ms"] / found["one_pass_ms"]
-    return {**found, "largest_difference": difference, "deviation_of_logits": spread}
+    ways = {
+        "one_pass": lambda: one_pass(model, batches),
+        "batched": lambda: batched(model, batches, samples),
+        "sequential": lambda: sequential(model, batches, samples),
+    }
+    times = times_in_turns(ways, repeats)
+    found = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
+    for name in ("batched", "sequential"):
+        ratios = (a / b for a, b in zip(times[name], times["one_pass"], strict=True))
+        found[f"{name}_ratio"] = statistics.median(ratios)
+    return {**found, "rows": together.shape[1], "largest_difference": difference, "deviation_of_logits": spread}
+
+
+def read_texts(data_path: Path | None) -> list[str]:
+    """The sentences of SST-2's dev, or a few of our own, many times over."""
+    if data_path is None:
+        return SENTENCES * 16
+    return [example.query for example in read_known("sst2", "test", str(data_path), [])]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -106,12 +139,15 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--base_model", required=True, help="encoder, e.g. the folder of all-MiniLM-L6-v2")
     parser.add_argument("--bayesian", choices=["down", "all"], default="down")
     parser.add_argument("--samples", type=int, default=10)
-    parser.add_argument("--rows", default="1,32", help="sizes of batches (default: 1,32)")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--data_path", type=Path, help="folder of SST-2 (default: 64 sentences of our own)")
+    parser.add_argument("--rows", default="1,64", help="sizes of batches (default: 1,64)")
+    parser.add_argument("--singles", type=int, default=109, help="rows asked one by one, at most (default: 109)")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--out", type=Path, default=ROOT / "results/benchmarks/sampling.json")
     parser.add_argument("--smoke", action="store_true")
     flags = parser.parse_args(argv)
+    keep_freed_memory()
     torch.set_num_threads(flags.threads)
     torch.manual_seed(0)
     tokenizer = load_tokenizer(flags.base_model, generates=False)
@@ -126,16 +162,24 @@ def main(argv: list[str] | None = None) -> dict:
                 parameter.fill_(0.5)
             if name.endswith(".g"):
                 parameter.fill_(0.2)  # sigma 0.04
+    texts = read_texts(flags.data_path)
+    if flags.smoke:
+        texts, flags.repeats = texts[:8], 1
     found, counts = {}, [int(count) for count in flags.rows.split(",")]
     for count in counts:
-        texts = [SENTENCES[i % len(SENTENCES)] for i in range(count)]
-        inputs = dict(tokenizer(texts, padding=True, return_tensors="pt"))
-        found[f"rows_{count}"] = measure(model, inputs, flags.samples, 2 if flags.smoke else flags.repeats)
-    print(f"{'rows':>5}{'one pass':>11}{'batched':>11}{'one by one':>12}{'ratio':>8}{'ratio':>8}{'difference':>12}")
-    for count, row in zip(counts, found.values(), strict=True):
-        times = f"{row['one_pass_ms']:>8.1f} ms{row['batched_ms']:>8.1f} ms{row['sequential_ms']:>9.1f} ms"
+        for order in ORDERS if count > 1 else ORDERS[:1]:
+            asked = texts[:: math.ceil(len(texts) / flags.singles)] if count == 1 else texts
+            asked = sorted(asked, key=len) if order == "by length" else asked
+            parts = [asked[i : i + count] for i in range(0, len(asked), count)]
+            batches = [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
+            found[f"rows_{count}, {order}"] = measure(model, batches, flags.samples, flags.repeats)
+    width = max(map(len, found))
+    heads = ("one pass", "batched", "one by one")
+    print(" " * width + "".join(f"{head:>14}" for head in heads) + f"{'ratio':>8}{'ratio':>8}{'difference':>12}")
+    for name, row in found.items():
+        times = "".join(f"{row[f'{way}_ms']:>11.1f} ms" for way in ("one_pass", "batched", "sequential"))
         ratios = f"{row['batched_ratio']:>8.2f}{row['sequential_ratio']:>8.2f}{row['largest_difference']:>12.1e}"
-        print(f"{count:>5}{times}{ratios}")
+        print(f"{name:<{width}}{times}{ratios}")
     settings = {"samples": flags.samples, "bayesian": flags.bayesian, "threads": flags.threads, **SETTINGS}
     record = {**found, "settings": settings, "versions": library_versions(), "hardware": hardware()}
     if not flags.smoke:

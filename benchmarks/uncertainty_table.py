@@ -86,13 +86,14 @@ def _by_method(runs: list[dict], order: list[str]) -> dict[str, dict[int, dict]]
     return groups
 
 
-def _rows(title: str, lines: list[list[str]]) -> list[str]:
+def aligned(title: str, lines: list[list[str]]) -> list[str]:
+    """A title, and lines of cells under each other: the first to the left, the rest to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = []
+    text = []
     for line in lines:
         first, *rest = zip(line, widths, strict=True)
-        aligned.append("  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]))
-    return [title, *aligned]
+        text.append("  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]))
+    return [title, *text]
 
 
 def tables(runs: list[dict], order: list[str]) -> str:
@@ -107,7 +108,7 @@ def tables(runs: list[dict], order: list[str]) -> str:
             mean = np.mean(values)
             cells.append("-" if math.isnan(mean) else f"{mean:.{digits}f}{spread}")
         lines.append(cells)
-    text = _rows("Mean +- sample deviation over seeds:", lines)
+    text = aligned("Mean +- sample deviation over seeds:", lines)
     base = groups.get(BASELINE, {})
     lines = [["method", "seeds", *(heading for _, heading, _, _ in COLUMNS)]]
     for method, group in groups.items():
@@ -123,7 +124,10 @@ def tables(runs: list[dict], order: list[str]) -> str:
             cells.append("-" if math.isnan(mean) else f"{mean:+.{digits}f}{ends}")
         lines.append(cells)
     if len(lines) > 1:
-        text += ["", *_rows(f"Minus {BASELINE}, seed by seed (95 % interval: Student's t of the differences):", lines)]
+        text += [
+            "",
+            *aligned(f"Minus {BASELINE}, seed by seed (95 % interval: Student's t of the differences):", lines),
+        ]
     return "\n".join(text)
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 from peft import PeftModel
 
-from bhpeft.adapters import posterior_noise, posterior_samples
+from bhpeft.adapters import posterior_noise
+from bhpeft.adapters.posterior import sampled
 from bhpeft.prediction import label_log_likelihoods
 from bhpeft.tasks.encoding import Collator
+
+
+def _scores(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return label_log_likelihoods(model, **batch) if "label_ids" in batch else model(**batch).logits
 
 
 def score(
@@ -33,17 +40,8 @@ def score(
     for start in range(0, len(rows), step):
         batch = collate([rows[i] for i in order[start : start + step]])
         batch = {name: value.to(device) for name, value in batch.items() if name != "index"}
-        if "label_ids" in batch and samples:
-            repeated = {name: value.repeat(samples, *[1] * (value.dim() - 1)) for name, value in batch.items()}
-            with posterior_noise(model, samples, seed):
-                found = label_log_likelihoods(model, **repeated).view(samples, -1, batch["label_ids"].shape[1])
-        elif "label_ids" in batch:
-            found = label_log_likelihoods(model, **batch)[None]
-        elif samples:
-            found = posterior_samples(model, batch, samples, seed)
-        else:
-            with torch.no_grad():
-                found = model(**batch).logits[None]
+        with torch.no_grad(), posterior_noise(model, samples, seed) if samples else nullcontext():
+            found = sampled(partial(_scores, model), batch, samples) if samples else _scores(model, batch)[None]
         parts.append(found.float().cpu().numpy().astype(np.float64))
     together = np.concatenate(parts, axis=1)
     scores = np.empty_like(together)

@@ -24,7 +24,7 @@ from bhpeft.adapters.bh_peft import (
     nll_gradient_norm,
 )
 from bhpeft.adapters.carry import Anchor
-from bhpeft.adapters.posterior import posterior_noise
+from bhpeft.adapters.posterior import posterior_noise, sampled
 from bhpeft.checkpoints import PARTIAL, STATE, keep_last, move_into, seal, writing
 from bhpeft.feature_distance import FeatureDistance, mean_features
 from bhpeft.labelled_logits import at_labels, takes_positions, virtual_tokens_of
@@ -181,13 +181,12 @@ class AdapterTrainer(Trainer):
     def _sampled_scores(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], index: torch.Tensor
     ) -> torch.Tensor:
-        """(B, S, C) scores in one pass, under S weights (the same for every batch and rank) or S masks of dropout."""
+        """(B, S, C) scores under S weights (the same for every batch and rank) or S masks of dropout."""
         if count := self.posterior_samples:
-            noise = posterior_noise(self.model, count, seed=self.args.seed)
-        else:
-            count = self.mc_dropout_samples
-            noise = dropout_noise(self.model, batch_seed(self.args.seed, index))
-        with noise:
+            with posterior_noise(self.model, count, seed=self.args.seed):
+                return sampled(lambda part: self._scores(model, part), inputs, count).transpose(0, 1).contiguous()
+        count = self.mc_dropout_samples
+        with dropout_noise(self.model, batch_seed(self.args.seed, index)):
             repeated = {name: value.repeat(count, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
             return self._scores(model, repeated).unflatten(0, (count, -1)).transpose(0, 1).contiguous()
 

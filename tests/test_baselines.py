@@ -458,5 +458,6 @@ def test_samples_of_one_pass_equal_those_of_ten(tiny_encoder):
     from benchmarks import sampling
 
     found = sampling.main(["--base_model", str(tiny_encoder), "--smoke", "--rows", "1,3", "--bayesian", "all"])
-    for part in ("rows_1", "rows_3"):
+    for part in ("rows_1, in their order", "rows_3, in their order", "rows_3, by length"):
+        assert found[part]["rows"] == 8
         assert found[part]["largest_difference"] <= 1e-3 * found[part]["deviation_of_logits"]

@@ -19,9 +19,10 @@ from transformers import (
     RobertaConfig,
 )
 
-from bhpeft.adapters import BhPeftConfig, kl_divergence, posterior_noise, posterior_samples
+from bhpeft.adapters import BhPeftConfig, kl_divergence, posterior, posterior_noise, posterior_samples
 from bhpeft.adapters.bh_peft import PRESETS, gaussian_layers
 from bhpeft.adapters.gaussian import GaussianLinear, gaussian_kl
+from bhpeft.adapters.posterior import TOKENS, passes
 from bhpeft.adapters.prefix_attention import _merged
 from bhpeft.base_model import parameter_counts
 from bhpeft.errors import InputError
@@ -480,3 +481,46 @@ def test_noise_is_one_weight_an_example_drawn_from_the_posterior():
     assert torch.equal(y[:, 0], y[:, 1]) and len(y[:4000, 0, 0].unique()) > 16
     sd = (layer.g.square() * x).norm(dim=1)
     assert torch.allclose(y[:, 0].std(0), sd, rtol=0.25) and torch.allclose(y[:, 0].mean(0), x @ layer.mu.T, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (23, 40), (6, 3, 12)])
+def test_passes_take_every_row_once_in_the_memory_of_the_batch(shape):
+    torch.manual_seed(0)
+    lengths = torch.randint(1, shape[-1] + 1, shape[:-1])
+    mask = (torch.arange(shape[-1]) < lengths[..., None]).long()
+    found = passes(mask, 10)
+    assert sorted(torch.cat(found).tolist()) == list(range(shape[0]))
+    for group in found:
+        wide = mask[group].flatten(0, -2).any(0).sum()
+        assert len(group) == 1 or 10 * mask[group, ..., 0].numel() * wide <= max(mask.numel(), TOKENS)
+    longest = [int(lengths[group].max()) for group in found]
+    assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sampled_scores_of_rows_do_not_depend_on_how_passes_are_made(side, monkeypatch):
+    """Against one sample at a time on the batch as it is padded; enough rows for several passes."""
+    monkeypatch.setattr(posterior, "TOKENS", 60)
+    model = adapted(base_of("roberta", "sdpa" if side == "right" else "eager"))
+    for layer in gaussian_layers(model):
+        layer.g.data.fill_(0.4)
+    inputs = batch(9, 12)
+    for row, length in enumerate((12, 3, 7, 7, 1, 11, 5, 2, 12)):
+        padding = slice(length, None) if side == "right" else slice(0, 12 - length)
+        inputs["attention_mask"][row, padding], inputs["input_ids"][row, padding] = 0, 1
+    seen = []
+
+    def score(part):
+        seen.append(tuple(part["input_ids"].shape))
+        hidden = model.get_base_model().base_model(**part).last_hidden_state
+        mask = part["attention_mask"][..., None]
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    with torch.no_grad(), posterior_noise(model, 3, seed=7) as noise:
+        together = posterior.sampled(score, inputs, 3)
+        shapes = list(seen)
+        for s in range(3):
+            for layer, eps in zip(gaussian_layers(model), noise, strict=True):
+                layer.eps = eps[s : s + 1]
+            assert torch.allclose(score(inputs), together[s], atol=1e-4)
+    assert len(shapes) > 2 and all(rows * width <= 9 * 12 for rows, width in shapes)

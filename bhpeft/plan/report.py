@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 
 from bhpeft.adapters import adopt_settings, base_model_of
 from bhpeft.adapters.architectures import attention_shape
+from bhpeft.adapters.posterior import rows_at_once
 from bhpeft.base_model import load_config
 from bhpeft.config import Run, adopt_task
 from bhpeft.environment import DTYPES, is_main_process, under_deepspeed
@@ -87,8 +89,12 @@ class Plan:
     def answering(self, layout: Layout, rows: int) -> StepCost:
         """Of one step that answers `rows` test rows: scores of every label and posterior sample, or generation."""
         data, lm = self.run.data, self.question.head == "lm"
-        scored = rows * (max(1, self.question.labels) if lm else 1)
-        found = self.step(layout.precision).predict(scored, data.posterior_samples, layout.autocast)
+        together, samples = rows, data.posterior_samples
+        if samples and layout.stage < 3:
+            together = min(rows, rows_at_once(rows * data.max_length, data.max_length, samples))
+        scored = together * (max(1, self.question.labels) if lm else 1)
+        found = self.step(layout.precision).predict(scored, samples, layout.autocast)
+        found = StepCost(found.peak, found.logits, found.flops * math.ceil(rows / together))
         if not lm or data.predict_by != "generate":
             return found
         heads, kv_heads, width = attention_shape(self.config)
