@@ -160,7 +160,9 @@ def own_trainer(task: dict, folder: Path, steps: int):
     """What the project's script trains with."""
     import parameter_efficient_fine_tuning as script
     from bhpeft.config import parse_arguments
+    from bhpeft.environment import keep_freed_memory
 
+    keep_freed_memory()
     settings = {
         **task["adapter"], "base_model": task["base_model"], "dataset_name": task["file"], "learning_rate": 1e-4,
         "max_length": 480 if task["part"] == "labels" else 128, "labels": ["negative", "positive"],
