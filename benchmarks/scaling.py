@@ -45,6 +45,7 @@ COMMON = {
 }  # fmt: skip
 FIGURES = ("peak_mib", "rows_per_second", "load_seconds")
 BASES = {"rows": "in memory, x1", "ranks": "1", "widths": "128", "adapters": "4"}  # what ratios are to
+SAID = {"ranks": "ranks", "widths": "hidden size", "adapters": "rank of LoRA"}
 
 
 def write_many(data_path: Path, folder: Path, times: int, limit: int | None) -> Path:
@@ -179,14 +180,16 @@ def draw(record: dict) -> bytes:
         if part == "rows":
             for kind in dict.fromkeys(name.split(",")[0] for name in found):
                 pair = [found[f"{kind}, x{times}"] for times in (1, TIMES)]
-                axes.plot([median(runs, "rows") for runs in pair], [median(runs, "peak_mib") for runs in pair], "o-",
-                          label=kind)  # fmt: skip
-            axes.set(xscale="log", xlabel="training rows", ylabel="peak memory, MiB", title="rows")
+                rows = [median(runs, "rows") for runs in pair]
+                axes.plot(rows, [median(runs, "peak_mib") for runs in pair], "o-", label=kind)
+            axes.set(xscale="log", xlabel="training rows", ylabel="peak memory, MiB", title="memory by rows")
+            axes.set_xticks(rows, [f"{count:,.0f}" for count in rows])
+            axes.minorticks_off()
             axes.legend(fontsize=7)
         else:
             axes.plot(list(found), [median(runs, "rows_per_second") for runs in found.values()], "o-")
-            axes.set(xlabel=part, ylabel="rows a second", title=part)
-        axes.set_ylim(bottom=0)
+            axes.set(xlabel=SAID[part], ylabel="rows a second", title=f"speed by {SAID[part]}")
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         axes.grid(color="0.9")
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=120, metadata={"Software": None})
