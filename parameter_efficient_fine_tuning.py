@@ -35,6 +35,7 @@ from bhpeft.base_model import (
 )
 from bhpeft.calibration import calibrate, check_calibration
 from bhpeft.config import Run, adopt_task, check_output_dir, goes_on, name_run, parse_arguments
+from bhpeft.feature_distance import check_distance
 from bhpeft.fit import fit
 from bhpeft.job import Job, Learned
 from bhpeft.mc_dropout import check_dropout
@@ -59,6 +60,7 @@ from bhpeft.training import AdapterTrainer
 def main(argv: list[str] | None = None) -> dict | None:
     """Run once; return the record written to `results/metrics/RUN.json` (on rank 0; None on the others)."""
     started = time.perf_counter()
+    environment.keep_freed_memory()
     run = parse_arguments(argv)
     if run.plan.plan:
         return print_plan(run)
@@ -73,6 +75,7 @@ def carry_out(job: Job, started: float) -> dict | None:
     learned = learn_in_rounds(job, build_trainer) if job.plan else learn(job)
     trainer, answered = learned.trainer, learned.answered
     trained = time.perf_counter()
+    job.know_the_domain(trainer)
     validation = trainer.evaluate() if training.do_eval else {}
     if training.do_eval and (job.task.task_type != "generation" or run.data.fit_temperature):
         rows = job.encoder.test_rows(job.task.validation, [])
@@ -118,6 +121,7 @@ def prepare(run: Run) -> Job:
     cache = open_cache(run.output.row_cache, run.notes)
     task, plan = load_in_rounds(run.rounds, *load) if run.rounds.on else (load_cached(cache, *load), None)
     check_calibration(run, task)
+    check_distance(run, task)
     ood = read_ood(run.data, task, training.data_seed)
     with_head = settle_head(run.base.head, config, task.task_type)
     head = task.task_type if with_head else "lm"

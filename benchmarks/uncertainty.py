@@ -50,19 +50,21 @@ COMMON = {
     "train_sampling_strategy": "group_by_length", "save_strategy": "no", "logging_steps": 200,
 }  # fmt: skip
 EPOCHS = {1000: 20}  # by rows; others: see `epochs_of`
-LORA = {"adapter_name": "lora", "lora_rank": 8, "learning_rate": 1e-3}
+DISTANCE = {"feature_distance": True}  # of the frozen base: the same for all methods, so measured with some of them
+LORA = {"adapter_name": "lora", "lora_rank": 8, "learning_rate": 1e-3, **DISTANCE}
 BH_PEFT = {
     "adapter_name": "bh-peft", "learning_rate": 2e-3, "prefix_length": 10, "prefix_bottleneck_size": 2,
     "lora_rank": 4, "lora_alpha": 16, "bn_reduction_factor": 32, "adapter_scaling": 1,
     "kl_weight": 0.1,  # of 1, 0.1 and 0.01 the best on whole sentences of the training data (seed 0)
+    **DISTANCE,
 }  # fmt: skip
 POSTERIOR = {"posterior_samples": SAMPLES}
 TEMPERATURE = {"fit_temperature": True}
 # Flags of training ("train") and of answering ("test"); methods of equal training share it. "members": a deep ensemble.
 # "measure": what rejects and tells other domains (default: 1 - the probability of the likeliest label).
 SETTINGS = {
-    "map": {"train": LORA},
-    "map+temperature": {"train": LORA, "test": TEMPERATURE},
+    "map": {"train": LORA, "test": DISTANCE},
+    "map+temperature": {"train": LORA, "test": {**TEMPERATURE, **DISTANCE}},
     "mc-dropout": {"train": {**LORA, "lora_dropout": 0.1}, "test": {"mc_dropout_samples": SAMPLES}},
     "ensemble": {"train": LORA, "members": 5},
     "training-free": {"train": LORA, "training_free": True, "test": POSTERIOR},
@@ -70,8 +72,8 @@ SETTINGS = {
         "train": {"adapter_name": "bayesian-lora", "lora_rank": 8, "learning_rate": 2e-3, "kl_weight": 0.1},
         "test": POSTERIOR,
     },
-    "bh-peft": {"train": BH_PEFT, "test": POSTERIOR},
-    "bh-peft+temperature": {"train": BH_PEFT, "test": {**POSTERIOR, **TEMPERATURE}},
+    "bh-peft": {"train": BH_PEFT, "test": {**POSTERIOR, **DISTANCE}},
+    "bh-peft+temperature": {"train": BH_PEFT, "test": {**POSTERIOR, **TEMPERATURE, **DISTANCE}},
     "bh-peft-all": {"train": {**BH_PEFT, "bayesian": "all"}, "test": POSTERIOR},
     "bh-peft-kl-0.01": {"train": {**BH_PEFT, "kl_weight": 0.01}, "test": POSTERIOR},
     "bh-peft-kl-1": {"train": {**BH_PEFT, "kl_weight": 1}, "test": POSTERIOR},

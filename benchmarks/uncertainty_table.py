@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bhpeft import uncertainty as un
+from bhpeft.feature_distance import COLUMN as FEATURE_DISTANCE
 from bhpeft.files import write_atomic
 from bhpeft.uncertainty_report import read_measures, read_uncertainty
 
@@ -23,6 +24,7 @@ COLUMNS = (
     ("aurc", "AURC", 4, True),
     ("gain_10", "gain without 10 %", 4, False),
     ("auroc_ood", "OOD AUROC", 4, False),
+    ("auroc_ood_distance", "by distance", 4, False),
     ("seconds", "seconds", 0, True),
 )
 
@@ -57,11 +59,11 @@ def figures_of(file: Path, ood_file: Path) -> dict:
 
 def value_of(run: dict, name: str) -> float:
     """One figure of a run, those of a measure by the method's own; NaN where there is none."""
-    settings = run["settings"]
     if name in run:
         return run[name]
-    measure = settings.get("ood_measure" if name == "auroc_ood" else "measure", MEASURE)
-    return run["measures"][measure].get(name, math.nan)
+    if name == "auroc_ood_distance":
+        return run["measures"].get(FEATURE_DISTANCE, {}).get("auroc_ood", math.nan)
+    return run["measures"][run["settings"].get("measure", MEASURE)].get(name, math.nan)
 
 
 def t_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:

@@ -11,7 +11,9 @@ from bhpeft.tensor_files import TensorFile
 RUNS_CODE = ("megatron_config", "tokenizer_kwargs")  # of a saved configuration: imports by name, trust_remote_code
 SAVED_KINDS = {  # of a saved configuration's fields, where a wrong one would be found out late
     **dict.fromkeys(("r", "lora_rank", "prefix_length", "num_virtual_tokens", "bn_reduction_factor"), int),
-    **dict.fromkeys(("lora_alpha", "lora_dropout", "adapter_scaling", "prior_mu", "prior_sigma"), int | float),
+    **dict.fromkeys(
+        ("lora_alpha", "lora_dropout", "adapter_scaling", "prior_mu", "prior_sigma", "initial_sigma"), int | float
+    ),
     **dict.fromkeys(("base_model_name_or_path", "prompt_tuning_init_text", "bayesian", "task_type", "peft_type"), str),
     **dict.fromkeys(("sites", "modules_to_save"), list),
 }

@@ -81,6 +81,7 @@ class AdapterArguments:
     kl_weight: float = option(1.0, "weight of KL / training rows in the loss; 1 is the ELBO")
     prior_mu: float = option(0.0, "mean of the Gaussian prior")
     prior_sigma: float = option(0.1, "standard deviation of the Gaussian prior")
+    initial_sigma: float = option(0.0025, "standard deviations of Gaussian weights start at half to all of it")
 
     def __post_init__(self):
         if self.adapter_name not in ADAPTER_NAMES:
@@ -88,7 +89,14 @@ class AdapterArguments:
                 f"--adapter_name {self.adapter_name}: unknown adapter;{nearest(self.adapter_name, ADAPTER_NAMES)} "
                 f"Known: {', '.join(ADAPTER_NAMES)}"
             )
-        for name in ("lora_rank", "lora_alpha", "num_virtual_tokens", "prior_sigma", "adapter_scaling"):
+        for name in (
+            "lora_rank",
+            "lora_alpha",
+            "num_virtual_tokens",
+            "prior_sigma",
+            "initial_sigma",
+            "adapter_scaling",
+        ):
             if not 0 < getattr(self, name) < math.inf:  # nan fails as well
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
         for name in ("prefix_length", "prefix_bottleneck_size", "bn_reduction_factor"):
@@ -149,6 +157,9 @@ class DataArguments:
     top_p: float = option(1.0, "sampling: only the likeliest tokens that together have this probability")
     posterior_samples: int = option(0, "score test rows under this many weights drawn from the posterior, too")
     mc_dropout_samples: int = option(0, "score test rows this many times with dropout on, too")
+    feature_distance: bool = option(
+        False, "how far each answered row is from the training rows, in the base's features"
+    )
     fit_temperature: bool = option(False, "divide scores by a temperature fitted on the validation rows (--do_eval)")
 
     def __post_init__(self):

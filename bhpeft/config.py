@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhpeft import environment
+from bhpeft.adapters import has_prefix
 from bhpeft.arguments import (
     AdapterArguments,
     BaseModelArguments,
@@ -101,7 +102,8 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
         _make_small(run)
     _check(run)
     if training.do_train and base.attn_implementation is None and not plan.gpu_memory:  # a plan for a GPU: its own
-        base.attn_implementation = environment.training_attention(precision, data.max_length)
+        how = (precision, data.max_length, has_prefix(adapter))
+        base.attn_implementation = environment.training_attention(*how)
     return run
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from bhpeft.config import Run
+from bhpeft.feature_distance import FILE, chosen, fit_distance, read_distance
 from bhpeft.prediction import read_answers
 from bhpeft.report.answered import Answered
 from bhpeft.results import RunFiles
@@ -59,6 +61,20 @@ class Job:
     def answer(self, trainer: AdapterTrainer, rows: Sequence[dict], examples: Sequence[Example]) -> Answered:
         """Answer rows, as of `encoder.test_rows(examples)`."""
         return read_answers(trainer.answer(rows), rows, examples, self.task, self.encoder)
+
+    def know_the_domain(self, trainer: AdapterTrainer) -> None:
+        """With `--feature_distance`: fit it on training rows and keep it beside the adapter, or read the adapter's."""
+        training, wanted = self.run.training, self.run.data.feature_distance
+        if training.do_train and training.should_save:
+            (Path(training.output_dir) / FILE).unlink(missing_ok=True)  # of an adapter that was here before
+        if wanted and not training.do_train:
+            trainer.feature_distance = read_distance(self.run.adapter.adapter_path)
+        if not wanted or not training.do_train:
+            return
+        rows = self.encoder.test_rows(chosen(self.task.train, training.data_seed), [])
+        trainer.feature_distance = fit_distance(trainer.features(rows))
+        if training.should_save:
+            trainer.feature_distance.save(training.output_dir)
 
     def answer_with_base(self, trainer: AdapterTrainer, answered: dict[str, Answered]) -> None:
         """Answer the test with the adapter switched off and keep that as "base": before training, if there is any,

@@ -36,6 +36,7 @@ class Answers:
         scores: (N, C) log-likelihoods of the row's `label_ids`, or the logits of the model's own head.
         samples: (N, S, C) the same under S weights drawn from the posterior, or None.
         drawn: (N, max_new_tokens) as `tokens`, sampled, or None.
+        distances: (N,) from the training rows (`feature_distance.py`), or None.
     """
 
     index: np.ndarray
@@ -43,6 +44,7 @@ class Answers:
     scores: np.ndarray
     samples: np.ndarray | None = None
     drawn: np.ndarray | None = None
+    distances: np.ndarray | None = None
 
 
 def greedy_config(
@@ -247,7 +249,8 @@ def read_answers(
     ids = [example.id for example in examples]
     drawn = None if answers.drawn is None else decode_answers(encoder.tokenizer, answers.drawn, encoder.end_id)
     generated = answers.tokens is not None
-    answered = Answered(ids, [], scores, generated, tokens, mean, deviation, samples, drawn=drawn)
+    known = {"drawn": drawn, "distances": answers.distances}
+    answered = Answered(ids, [], scores, generated, tokens, mean, deviation, samples, **known)
     if generated:
         texts = decode_answers(encoder.tokenizer, answers.tokens, encoder.end_id)
     else:

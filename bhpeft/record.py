@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 
 from bhpeft import environment
 from bhpeft.config import Run
+from bhpeft.feature_distance import COLUMN
 from bhpeft.files import write_atomic
 from bhpeft.model_card import write_model_card
 from bhpeft.report import report_for
@@ -71,6 +72,9 @@ def write_run(
         say(f"{files.results_dir} was removed while the run went on; it is made again for this run's files")
     report = report_for(task)
     tables = {name: report.predictions(part, task) for name, part in answered.items()}
+    for name, part in answered.items():
+        if part.distances is not None:
+            tables[name] = tables[name].assign(**{COLUMN: part.distances})
     figures = {name: report.figures(answered[name], tables[name], task) for name in answered if name != "ood"}
     if "ood" in answered:
         figures["ood"] = ood_figures(tables["adapter"], tables["ood"])

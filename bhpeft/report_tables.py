@@ -52,7 +52,7 @@ _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 ADAPTER_OWN = {"lora": _LORA, "qlora": _LORA, "prompt-tuning": ("num_virtual_tokens", "prompt_init_text")}
 BH_PEFT_OWN = (
     *_LORA[:3], "prefix_length", "prefix_bottleneck_size", "bn_reduction_factor", "adapter_scaling", "bayesian",
-    "kl_weight", "prior_mu", "prior_sigma", "sites",
+    "kl_weight", "prior_mu", "prior_sigma", "initial_sigma", "sites",
 )  # fmt: skip
 OF_TRAINING = (
     "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",

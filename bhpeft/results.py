@@ -295,7 +295,7 @@ def _plain(value: Any) -> Any:
 ADAPTER_SETTINGS = (
     "prefix_length", "prefix_bottleneck_size", "bn_reduction_factor", "adapter_scaling", "lora_rank",
     "lora_alpha", "lora_dropout", "target_modules", "num_virtual_tokens", "prompt_init_text", "bayesian",
-    "kl_weight", "prior_mu", "prior_sigma", "load_in_4bit",
+    "kl_weight", "prior_mu", "prior_sigma", "initial_sigma", "load_in_4bit",
 )  # fmt: skip
 
 

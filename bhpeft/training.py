@@ -16,10 +16,17 @@ from accelerate.utils import gather_object
 from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bhpeft.adapters.bh_peft import kl_divergence, kl_gradient_norm, mean_sigma, nll_gradient_norm
+from bhpeft.adapters.bh_peft import (
+    gaussian_layers,
+    kl_divergence,
+    kl_gradient_norm,
+    mean_sigma,
+    nll_gradient_norm,
+)
 from bhpeft.adapters.carry import Anchor
 from bhpeft.adapters.posterior import posterior_noise
 from bhpeft.checkpoints import PARTIAL, STATE, keep_last, move_into, seal, writing
+from bhpeft.feature_distance import FeatureDistance, mean_features
 from bhpeft.labelled_logits import at_labels, takes_positions, virtual_tokens_of
 from bhpeft.length_groups import LengthGroups
 from bhpeft.mc_dropout import batch_seed, dropout_noise
@@ -41,6 +48,7 @@ class AdapterTrainer(Trainer):
     kl_weight: float = 1.0
     posterior_samples: int = 0  # S > 0: rows to answer are scored under S weights drawn from the posterior as well
     mc_dropout_samples: int = 0  # S > 0: the same under S masks of dropout
+    feature_distance: FeatureDistance | None = None  # of the training rows: rows to answer get theirs
     card: TaskCard | None = None  # written beside the adapter
     anchor: Anchor | None = None  # holds weights to those of the round before, by l2_weight / 2 |theta - theta_0|^2
     l2_weight: float = 0.0
@@ -59,6 +67,8 @@ class AdapterTrainer(Trainer):
         self.keeps_labelled = not with_head and takes_positions(self.model)
         if with_head:
             self.model_accepts_loss_kwargs = False
+        self._gaussian = gaussian_layers(self.model)
+        self._gathers_features = False
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._scale: torch.Tensor | None = None  # what the loss is multiplied by before its gradient is taken
         self._parts = 1  # of how many micro-steps a step's loss is the sum
@@ -81,7 +91,7 @@ class AdapterTrainer(Trainer):
         if self.keeps_labelled and "labels" in inputs:
             inputs = at_labels(inputs, virtual_tokens_of(self.model)) | {"use_cache": False}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        kl = kl_divergence(self.model) if model.training else None
+        kl = kl_divergence(self._gaussian) if model.training else None
         anchor = self.anchor if model.training else None
         if kl is None and anchor is None:
             return result
@@ -96,8 +106,8 @@ class AdapterTrainer(Trainer):
                 nll.register_hook(self._note_scale)
             share = self.kl_weight / len(self.train_dataset)
             loss = loss + self._add("kl", kl, share).to(nll)
-            self._terms["kl_grad_norm"].append(share * kl_gradient_norm(self.model))
-            self._terms["sigma"].append(mean_sigma(self.model))
+            self._terms["kl_grad_norm"].append(share * kl_gradient_norm(self._gaussian))
+            self._terms["sigma"].append(mean_sigma(self._gaussian))
         if anchor is not None:
             loss = loss + self._add("l2", anchor.distance_square(), self.l2_weight / 2).to(nll)
         return (loss, *outputs) if return_outputs else loss
@@ -123,7 +133,7 @@ class AdapterTrainer(Trainer):
         if math.isfinite(self.step_loss):
             self.step_loss, self.step_inputs = loss.item(), inputs
         if self._scale is not None:
-            self._terms["nll_grad_norm"].append(nll_gradient_norm(self.model) / self._scale * self._parts)
+            self._terms["nll_grad_norm"].append(nll_gradient_norm(self._gaussian) / self._scale * self._parts)
         return loss
 
     def _get_grad_norm(self, *args, **kwargs):
@@ -149,6 +159,8 @@ class AdapterTrainer(Trainer):
         index = inputs.pop("index")
         outputs = [index]
         with torch.no_grad(), self.compute_loss_context_manager():
+            if self._gathers_features:
+                return None, (index, self._features(model, inputs)), None
             if self.generation_config is not None:
                 # Not through `model`, DeepSpeed's wrapper: it has no generate. The layers gather their shards.
                 prompts = inputs["input_ids"], inputs["attention_mask"]
@@ -159,6 +171,9 @@ class AdapterTrainer(Trainer):
             outputs.append(self._scores(model, inputs))
             if self.posterior_samples or self.mc_dropout_samples:
                 outputs.append(self._sampled_scores(model, inputs, index))
+            if self.feature_distance is not None:
+                distances = self.feature_distance.of(self._features(model, inputs).cpu().numpy())
+                outputs.append(torch.from_numpy(distances).to(index.device))
         return None, tuple(outputs), None
 
     def _scores(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -166,6 +181,12 @@ class AdapterTrainer(Trainer):
         if self.with_head:
             return model(**inputs).logits.float()
         return label_log_likelihoods(model, inputs["input_ids"], inputs["attention_mask"], inputs["label_ids"])
+
+    def _features(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, H) of the frozen base: a pass of its own, the adapter off."""
+        further = {"logits_to_keep": 1} if self.keeps_labelled else {}
+        with self.model.disable_adapter():
+            return mean_features(model, inputs, **further)
 
     def _sampled_scores(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], index: torch.Tensor
@@ -186,17 +207,29 @@ class AdapterTrainer(Trainer):
         Args:
             rows: as of `test_rows` of an encoder.
         """
-        index, *found = self.predict(rows).predictions
-        # Ranks take equal numbers of rows, so some rows are answered twice, and rows of like length together: the
-        # index brings each back to its place once.
-        _, first = np.unique(index, return_index=True)
-        if len(first) != len(rows):
-            raise RuntimeError(f"{len(first)} of {len(rows)} test rows were answered")
-        found = [part[first] for part in found]
+        index, *found = self._in_order(rows)
+        distances = found.pop() if self.feature_distance is not None else None
         samples = found.pop() if self.posterior_samples or self.mc_dropout_samples else None
         scores = found.pop()
         tokens, drawn = (*found, None, None)[:2]
-        return Answers(index[first], tokens, scores, samples, drawn)
+        return Answers(index, tokens, scores, samples, drawn, distances)
+
+    def features(self, rows: Sequence[dict]) -> np.ndarray:
+        """(N, H) features of the frozen base (`feature_distance.py`), of rows as `answer` takes them, on all ranks."""
+        self._gathers_features = True
+        try:
+            return self._in_order(rows)[1]
+        finally:
+            self._gathers_features = False
+
+    def _in_order(self, rows: Sequence[dict]) -> list[np.ndarray]:
+        """What `prediction_step` gives for rows to answer, gathered: ranks take equal numbers of rows, so some rows are
+        answered twice, and rows of like length together; the index, which comes first, puts each in its place once."""
+        index, *found = self.predict(rows).predictions
+        _, first = np.unique(index, return_index=True)
+        if len(first) != len(rows):
+            raise RuntimeError(f"{len(first)} of {len(rows)} test rows were answered")
+        return [index[first], *(part[first] for part in found)]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as a PEFT folder. Every rank must call it.

@@ -23,7 +23,7 @@ from bhpeft.scores import entropy
 
 # Columns that are taken for measures of uncertainty without being named: higher is less sure.
 MEASURES = ("one_minus_max_prob", "entropy", "expected_entropy", "mutual_information", "variance", "kl_to_mean",
-            "max_prob_sd")  # fmt: skip
+            "max_prob_sd", "feature_distance")  # fmt: skip
 DEVIATIONS = ("sd", "total_sd", "epistemic_sd", "prediction_sd")  # of regression
 REJECTED = (0.1, 0.2, 0.5)  # fractions in the table
 LEVELS = (0.5, 0.9, 0.95)  # of intervals in the table

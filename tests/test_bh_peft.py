@@ -148,7 +148,7 @@ def test_checkpointing_gives_the_same_gradients(kind):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         torch.manual_seed(5)
-        loss = model(**batch(), labels=labels).loss + 0.01 * kl_divergence(model)
+        loss = model(**batch(), labels=labels).loss + 0.01 * kl_divergence(gaussian_layers(model))
         loss.backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
     assert grads[0].keys() == grads[1].keys()
@@ -401,7 +401,7 @@ def test_sampling_says_why_it_cannot():
 def test_kl_is_none_without_gaussian_weights():
     model = adapted(base_of("llama"), bayesian="none").train()
     model(**batch())
-    assert kl_divergence(model) is None
+    assert kl_divergence(gaussian_layers(model)) is None
 
 
 @pytest.mark.parametrize("size", [1.0, 200.0])
@@ -423,3 +423,60 @@ def test_prefix_and_text_in_one_product_equal_the_joint_softmax_and_have_gradien
     found = torch.autograd.grad((out * weight).sum(), inputs)
     for a, b in zip(found, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
         assert a.isfinite().all() and torch.allclose(a, b, rtol=1e-3, atol=1e-2 * size)
+
+
+def seeded(function, *args):
+    torch.manual_seed(3)
+    return function(*args)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", [None, torch.bool, torch.float64])
+def test_the_gradient_of_gated_attention_is_that_of_finite_differences(kind, dropout):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 3, 4, dtype=torch.float64).requires_grad_() for _ in range(3))
+    prefix_key, prefix_value = (torch.randn(2, 2, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    gate = torch.tensor([0.3, -0.6], dtype=torch.float64).requires_grad_()
+    seen = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    seen[1, :, :, 2] = False
+    mask = (
+        seen
+        if kind == torch.bool
+        else None
+        if kind is None
+        else torch.zeros(2, 1, 3, 3).double().masked_fill(~seen, -1e4)
+    )
+    module = torch.nn.Module().train()
+
+    def attend(query, key, value, prefix_key, prefix_value, gate):
+        prefix = prefix_key, prefix_value, gate
+        return seeded(_merged, module, query, key, value, mask, prefix, None, dropout, False)[0]
+
+    assert torch.autograd.gradcheck(attend, (query, key, value, prefix_key, prefix_value, gate))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4)])
+def test_the_gradient_of_a_gaussian_matrix_is_that_of_finite_differences(shape):
+    torch.manual_seed(0)
+    layer = GaussianLinear(4, 5, prior_mu=0.1, prior_sigma=0.3, initial_sigma=0.2).double().train()
+    x = torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+    def loss(x, mu, g):
+        y = seeded(torch.func.functional_call, layer, {"mu": mu, "g": g}, (x,))
+        return y, layer.kl
+
+    inputs = x, layer.mu.detach().requires_grad_(), layer.g.detach().requires_grad_()
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_noise_is_one_weight_an_example_drawn_from_the_posterior():
+    """Of one row repeated: each example has outputs of its own, all its tokens the same weights; mean and variance are
+    those of x W^T with W ~ N(mu, sigma^2)."""
+    torch.manual_seed(0)
+    layer = GaussianLinear(6, 3, initial_sigma=0.3).train()
+    x = torch.randn(6)
+    tokens = x.expand(4000, 2, 6)
+    y = torch.cat([layer(tokens) for _ in range(40)])
+    assert torch.equal(y[:, 0], y[:, 1]) and len(y[:4000, 0, 0].unique()) > 16
+    sd = (layer.g.square() * x).norm(dim=1)
+    assert torch.allclose(y[:, 0].std(0), sd, rtol=0.25) and torch.allclose(y[:, 0].mean(0), x @ layer.mu.T, atol=0.05)

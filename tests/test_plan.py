@@ -147,7 +147,8 @@ def test_a_real_step_allocates_and_computes_what_the_plan_says(tiny_model, adapt
     wanted = fake.train(6, checkpointing)
 
     run = arguments(tiny_model, "--adapter_name", adapter)
-    model = attach_adapter(load_base_model(str(tiny_model)), run.adapter, "x").train()
+    base = load_base_model(str(tiny_model), attn_implementation=run.base.attn_implementation)
+    model = attach_adapter(base, run.adapter, "x").train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]

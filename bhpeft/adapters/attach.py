@@ -75,6 +75,11 @@ def is_bayesian(arguments) -> bool:
     return preset is not None and (arguments.bayesian or preset["bayesian"]) != "none"
 
 
+def has_prefix(arguments) -> bool:
+    """Whether an `AdapterArguments` asks for BH-PEFT's prefix."""
+    return "prefix" in (arguments.sites or PRESETS.get(arguments.adapter_name, {}).get("sites", ()))
+
+
 def read_adapter_config(path: str) -> dict:
     """The saved configuration of an adapter folder.
 

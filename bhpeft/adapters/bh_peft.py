@@ -12,6 +12,7 @@ MAM); the presets name well-known cases of the same tuner:
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from bhpeft.adapters.architectures import attention_shape, places_of
-from bhpeft.adapters.gaussian import GaussianLinear, LowRank, PointLinear
+from bhpeft.adapters.gaussian import INITIAL_SIGMA, GaussianLinear, LowRank, PointLinear
 from bhpeft.adapters.prefix_attention import use_prefix_attention
 from bhpeft.adapters.sites import (
     LoraSite,
@@ -58,6 +59,7 @@ class BhPeftConfig(PeftConfig):
         lora_rank, lora_alpha, lora_dropout: r, alpha, dropout on the input of A.
         bn_reduction_factor, adapter_scaling: hidden size / bottleneck of the parallel adapter, and its scale s.
         prior_mu, prior_sigma: of the Gaussian prior every Gaussian weight starts with.
+        initial_sigma: the posterior's deviations start between half of it and all of it.
     """
 
     sites: list[str] = field(default_factory=lambda: list(SITES))
@@ -72,6 +74,7 @@ class BhPeftConfig(PeftConfig):
     adapter_scaling: float = 4.0
     prior_mu: float = 0.0
     prior_sigma: float = 0.1
+    initial_sigma: float = INITIAL_SIGMA
     target_modules: list[str] | None = None
     modules_to_save: list[str] | None = None
 
@@ -87,8 +90,9 @@ class BhPeftConfig(PeftConfig):
         for name in ("prefix_length", "prefix_bottleneck_size", "lora_rank", "bn_reduction_factor"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.prior_sigma <= 0:
-            raise InputError(f"--prior_sigma {self.prior_sigma}: must be above 0")
+        for name in ("prior_sigma", "initial_sigma"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
 
 
 class BhPeftModel(BaseTuner):
@@ -135,7 +139,8 @@ class BhPeftModel(BaseTuner):
         """A down matrix, or an up matrix that starts at zero; Gaussian if the configuration says so."""
         shape = {"in_features": inputs, "out_features": outputs, "bias": bias, "zero": which == "up"}
         if config.bayesian == "all" or config.bayesian == which:
-            return GaussianLinear(**shape, prior_mu=config.prior_mu, prior_sigma=config.prior_sigma)
+            normal = {"prior_mu": config.prior_mu, "prior_sigma": config.prior_sigma}
+            return GaussianLinear(**shape, **normal, initial_sigma=config.initial_sigma)
         return PointLinear(**shape)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
@@ -209,29 +214,29 @@ def gaussian_layers(model: nn.Module) -> list[GaussianLinear]:
     return [module for module in model.modules() if isinstance(module, GaussianLinear)]
 
 
-def kl_divergence(model: nn.Module) -> torch.Tensor | None:
+def kl_divergence(layers: Sequence[GaussianLinear]) -> torch.Tensor | None:
     """Sum of the KL that each Gaussian matrix kept in the last forward pass of training, in nats, or None.
 
     None where there is no Gaussian matrix, or none has run in training mode.
     """
-    kept = [layer.kl for layer in gaussian_layers(model) if layer.kl is not None]
+    kept = [layer.kl for layer in layers if layer.kl is not None]
     return torch.stack(kept).sum() if kept else None
 
 
-def kl_gradient_norm(model: nn.Module) -> torch.Tensor:
+def kl_gradient_norm(layers: Sequence[GaussianLinear]) -> torch.Tensor:
     """|d KL / d (all mu, all g)| of the last forward pass in training, a scalar."""
-    return torch.stack([layer.kl_gradient_square for layer in gaussian_layers(model)]).sum().sqrt()
+    return torch.stack([layer.kl_gradient_square for layer in layers]).sum().sqrt()
 
 
-def nll_gradient_norm(model: nn.Module) -> torch.Tensor:
+def nll_gradient_norm(layers: Sequence[GaussianLinear]) -> torch.Tensor:
     """|d L / d (all mu, all g)| of the last backward pass, L the loss without the KL, as scaled as the loss was."""
-    kept = [layer.nll_gradient_square for layer in gaussian_layers(model)]
+    kept = [layer.nll_gradient_square for layer in layers]
     return torch.stack([square for square in kept if square is not None]).sum().sqrt()
 
 
-def mean_sigma(model: nn.Module) -> torch.Tensor:
+def mean_sigma(layers: Sequence[GaussianLinear]) -> torch.Tensor:
     """Mean standard deviation of all Gaussian weights, each matrix by its size, in the last forward pass."""
-    layers = [layer for layer in gaussian_layers(model) if layer.mean_sigma is not None]
+    layers = [layer for layer in layers if layer.mean_sigma is not None]
     means = torch.stack([layer.mean_sigma for layer in layers])
     sizes = means.new_tensor([layer.in_features * layer.out_features for layer in layers])
     return (means @ sizes) / sizes.sum()

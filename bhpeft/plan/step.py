@@ -154,10 +154,10 @@ class FakeStep:
             with self._counter(gradients) as counter:
                 with self._cast(autocast):
                     loss = self.model(**batch).loss
-                kl = kl_divergence(self.model)
+                kl = kl_divergence(gaussian_layers(self.model))
                 if kl is not None:
                     loss = loss + kl * 1e-3
-                    kl_gradient_norm(self.model)
+                    kl_gradient_norm(gaussian_layers(self.model))
                 loss.backward()
                 del loss, kl
         return StepCost(counter.peak, counter.peak_logits, counter.flops)

@@ -27,6 +27,7 @@ class Answered:
         samples: (N, S, C) the scores under S weights drawn from the posterior or S masks of dropout, where asked for.
         temperature: what scores are divided by before they become probabilities of labels.
         drawn: N texts sampled beside those of `outputs`, where that was asked for.
+        distances: (N,) from the training rows in the frozen base's features, where that was asked for.
         noise_sd: deviation of the labels' own noise, in their units, where it is known, for regression.
     """
 
@@ -41,6 +42,7 @@ class Answered:
     temperature: float = 1.0
     noise_sd: float | None = None
     drawn: Sequence[str] | None = None
+    distances: np.ndarray | None = None
 
     def probabilities(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(N, C) probabilities of the labels, and name -> (N,) `max_prob`, `entropy` (nats) and, where there are

@@ -15,8 +15,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from bhpeft.adapters import BhPeftConfig, kl_divergence
-from bhpeft.adapters.bh_peft import gaussian_layers
+from bhpeft.adapters import BhPeftConfig, gaussian_layers, kl_divergence
 
 settings = {
     "train_micro_batch_size_per_gpu": 2,
@@ -45,7 +44,7 @@ for checkpointing in (False, True):
     for step in range(2):
         ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(step + 10 * int(os.environ["RANK"])))
         nll = engine(input_ids=ids, labels=ids).loss
-        kl = kl_divergence(model)
+        kl = kl_divergence(gaussian_layers(model))
         kls.append(kl.item())
         engine.backward(0.0 * nll + kl)
     worst = expected = 0.0
