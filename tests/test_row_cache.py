@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import parameter_efficient_fine_tuning as script
+from bhpeft import feature_distance
 from bhpeft.arguments import DataArguments
 from bhpeft.checkpoints import MANIFEST
 from bhpeft.errors import InputError
@@ -380,3 +381,11 @@ def test_rows_of_the_hub_are_told_apart_by_their_content():
     assert cache.data_files(DataArguments(dataset_name="sst2")) is None
     keys = {cache.source_of(EXAMPLES[:n]) for n in (1, 2, 3)} | {cache.source_of(EXAMPLES[1:2])}
     assert len(keys) == 4 and cache.source_of(EXAMPLES[:2]) in keys
+
+
+def test_rows_chosen_for_the_feature_distance_are_the_same_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_distance, "ROWS", 7)
+    examples = [Example(str(i), f"text {i}", "no", f"text {i}") for i in range(40)]
+    kept = write_examples(examples, tmp_path / "examples.arrow")
+    for rows in (40, 5):
+        assert feature_distance.chosen(kept[:rows], 3) == feature_distance.chosen(examples[:rows], 3)
