@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import set_seed
@@ -45,7 +46,7 @@ from bhpeft.record import parameters_line, say, write_run
 from bhpeft.results import RunFiles
 from bhpeft.resume import alone, check_launch, check_unfinished, clear, find, refuse_if_running, settings_of
 from bhpeft.rounds import learn_in_rounds
-from bhpeft.tasks import load_task
+from bhpeft.tasks.cache import encode_cached, load_cached, open_cache
 from bhpeft.tasks.encoding import Collator
 from bhpeft.tasks.ood import encode_ood, read_ood
 from bhpeft.tasks.packing import PackingCollator, check_packing
@@ -117,7 +118,8 @@ def prepare(run: Run) -> Job:
     environment.check_compiler(training)
     in_4bit = settle_4bit(run)
     load = (run.data, training.data_seed, training.do_eval, training.do_train, trained_labels)
-    task, plan = load_in_rounds(run.rounds, *load) if run.rounds.on else (load_task(*load), None)
+    cache = open_cache(run.output.row_cache, run.notes)
+    task, plan = load_in_rounds(run.rounds, *load) if run.rounds.on else (load_cached(cache, *load), None)
     check_calibration(run, task)
     check_distance(run, task)
     ood = read_ood(run.data, task, training.data_seed)
@@ -132,7 +134,7 @@ def prepare(run: Run) -> Job:
     notes = run.notes + task.notes
     if plan:
         plan.check_rows(task, encoder, notes)
-    train_rows = encoder.train_rows(task.train, notes) if training.do_train and not plan else None
+    train_rows = encode_cached(cache, encoder, task, notes) if training.do_train and not plan else None
     validation_rows = encoder.train_rows(task.validation, notes) if training.do_eval else None
     test_rows = encoder.test_rows(task.test, notes)
     ood_rows = encode_ood(encoder, ood, notes)
@@ -153,7 +155,7 @@ def prepare(run: Run) -> Job:
 
 def build_trainer(
     job: Job,
-    train_rows: list[dict] | None,
+    train_rows: Sequence[dict] | None,
     training: TrainerArguments | None = None,
     adapter_path: str | None = None,
 ) -> AdapterTrainer:

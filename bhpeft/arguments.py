@@ -209,6 +209,9 @@ class OutputArguments:
     resume: bool = option(
         False, "go on with the run of this name where it stopped; from the start where it has not begun"
     )
+    row_cache: str | None = option(
+        None, "folder where rows are kept, read and tokenised once, or none (default: in the folder of datasets' cache)"
+    )
     compare_base: bool = option(False, "answer the test rows with the frozen base as well, before training")
     smoke: bool = option(False, "a few rows and steps of the same run, to see that everything works")
 

@@ -42,8 +42,12 @@ def writing(folder: Path):
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """SHA-256 of a file, which is not held in memory for it."""
+    found = hashlib.sha256()
+    with open(file, "rb") as content:
+        while part := content.read(2**20):
+            found.update(part)
+    return found.hexdigest()
 
 
 def to_disk(path: Path) -> None:
@@ -61,11 +65,11 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def seal(written: Path, target: Path, settings: dict | None) -> None:
-    """Give a written checkpoint its manifest and its name.
+    """Give a written folder, a checkpoint or another, its manifest and its name.
 
     Args:
         written: the folder, all of it there.
-        target: `RUN/checkpoint-N`; one of that name is replaced.
+        target: as `RUN/checkpoint-N`; one of that name is replaced.
         settings: what the run's result depends on, for `newest` to hand out; None where it is not known.
     """
     files = {str(file.relative_to(written)): [file.stat().st_size, digest(file)] for file in files_in(written)}
@@ -102,10 +106,13 @@ def read_manifest(folder: Path) -> dict:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
 
 
-def fault(folder: Path) -> str | None:
+def fault(folder: Path, needed: str = STATE) -> str | None:
     """Why a run cannot go on from a checkpoint, in a few words; None where it is whole.
 
     Files that the manifest does not name are not looked at, nor are they ever read.
+
+    Args:
+        needed: a file that the manifest must name.
     """
     if not folder.is_dir():
         return "there is no such folder"
@@ -121,7 +128,7 @@ def fault(folder: Path) -> str | None:
                 return f"{name} is not what was written"
     except (ValueError, TypeError, OSError) as error:
         return str(error)
-    return None if STATE in wanted else f"it has no {STATE}"
+    return None if needed in wanted else f"it has no {needed}"
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:

@@ -24,6 +24,7 @@ import torch
 from bhpeft.config import Run
 from bhpeft.errors import InputError
 from bhpeft.tasks import Task
+from bhpeft.tasks.example import pick
 from bhpeft.tensor_files import TensorFile
 
 FILE = "feature_distance.safetensors"  # in the adapter's folder
@@ -144,4 +145,4 @@ def chosen(rows: Sequence, seed: int) -> list:
     if len(rows) <= ROWS:
         return list(rows)
     places = np.sort(np.random.default_rng(seed).choice(len(rows), ROWS, replace=False))
-    return [rows[int(i)] for i in places]
+    return list(pick(rows, places.tolist()))

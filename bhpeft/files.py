@@ -7,11 +7,10 @@ a reader sees the old file or the new one and never a half. Plain Python.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,29 +98,61 @@ def read_rows(
 
     Raises `InputError` for an empty file, broken quoting, or a row with more or fewer fields than the header.
     """
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
-    text = io.StringIO(read_text(path), newline="")
-    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
-    rows, line = [], 1
-    try:
-        for row in reader:
-            if row:
-                rows.append((line, row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{path}:{line}: {error}; mend the quoting of this row.") from None
-    if not rows:
+    header, rows = stream_rows(path, delimiter, quoting)
+    return header, list(rows)
+
+
+def stream_rows(
+    path: str | Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """As `read_rows`, the rows one after the other, so that they are never all in memory.
+
+    What is wrong with a row is raised when it is come to.
+    """
+    found = records(path, delimiter, quoting)
+    _, names = next(found, (1, None))
+    if names is None:
         raise InputError(f"{path}: the file is empty; its first line must name the columns.")
-    header = [name.strip() for name in rows[0][1]]
+    header = [name.strip() for name in names]
     if len(set(header)) < len(header):
         raise InputError(f"{path}:1: two columns have one name ({', '.join(header)}); rename one.")
-    for line, row in rows[1:]:
+    return header, _of_equal_length(path, header, found, delimiter)
+
+
+def _of_equal_length(
+    path: str | Path, header: list[str], rows: Iterator[tuple[int, list[str]]], delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
+    for line, row in rows:
         if len(row) != len(header):
             raise InputError(
                 f"{path}:{line}: {len(row)} fields where the header has {len(header)} "
                 f"({', '.join(header)}); quote fields that hold {delimiter!r}."
             )
-    return header, rows[1:]
+        yield line, row
+
+
+def records(path: str | Path, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV file one after the other, each with the line it begins on; the first may be a header.
+
+    Raises:
+        InputError: broken quoting, bytes that are not UTF-8 (with their line), or a file that cannot be read.
+    """
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
+    line = 1
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+            for fields in reader:
+                if fields:
+                    yield line, fields
+                line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{line}: {error}; mend the quoting of this row.") from None
+    except UnicodeDecodeError:
+        read_text(path)  # raises, and knows the line
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
 
 
 def column_indices(path: str | Path, header: Sequence[str], names: Sequence[str]) -> list[int]:

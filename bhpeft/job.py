@@ -31,7 +31,8 @@ class Job:
         with_head: it answers by a head of its own.
         in_4bit: its frozen weights are quantised.
         encoder: turns examples into rows.
-        train_rows: encoded; None where nothing is trained, and in rounds, each of which encodes its own.
+        train_rows: encoded, in a file where there is a cache; None where nothing is trained, and in rounds, each of
+            which encodes its own.
         validation_rows: encoded with labels; None without `--do_eval`.
         test_rows: encoded to be answered.
         ood, ood_rows: rows of another domain, the same way; empty without `--ood_dataset_name`.
@@ -46,7 +47,7 @@ class Job:
     in_4bit: bool
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder | HeadEncoder
-    train_rows: list[dict] | None
+    train_rows: Sequence[dict] | None
     validation_rows: list[dict] | None
     test_rows: list[dict]
     ood: list[Example]

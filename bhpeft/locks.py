@@ -60,7 +60,7 @@ def held(path: Path, what: str = "", wait: bool = False) -> Iterator[str | None]
             if not _acquired(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
                 with file:
                     raise _held(path, what, file)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if _has_name(file, path):
                 break
             file.close()  # who held it has removed it since it was opened
     except OSError as error:
@@ -80,6 +80,13 @@ def held(path: Path, what: str = "", wait: bool = False) -> Iterator[str | None]
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             file.close()
+
+
+def _has_name(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _acquired(file: TextIO, how: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from bhpeft.job import Job
 from bhpeft.locks import held, lock_beside, refuse_if_held
 from bhpeft.record import say
 from bhpeft.results import RunFiles
+from bhpeft.tasks.example import digest_of
 
 PATHS = ("dataset_name", "data_path", "test_file", "validation_file", "round_files")  # their rows count, not they
 SPREAD = ("ranks", "per_device_train_batch_size", "gradient_accumulation_steps")  # their product counts, not they
@@ -39,12 +39,10 @@ def settings_of(job: Job) -> dict:
     run, everything = job.run, job.run.as_dict()
     names = {f.name for part in (run.base, run.adapter, run.data, run.rounds) for f in dataclasses.fields(part)}
     names = names - {"resume_rounds", *PATHS} | set(TRAINING)
-    parts = [[(e.query, e.answer) for e in rows] for rows in (job.task.test, job.task.train)]
-    rows = json.dumps([*parts, job.plan.new if job.plan else None, list(job.task.labels)])
     found: dict[str, Any] = {name: everything.get(name) for name in sorted(names)}
     found["ranks"] = run.training.world_size
     found["zero3"] = is_deepspeed_zero3_enabled()
-    found["rows"] = hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    found["rows"] = digest_of(job.task, job.plan.new if job.plan else None)
     return json.loads(json.dumps(found, default=str))
 
 

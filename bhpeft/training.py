@@ -28,6 +28,7 @@ from bhpeft.adapters.posterior import posterior_noise, sampled
 from bhpeft.checkpoints import PARTIAL, STATE, keep_last, move_into, seal, writing
 from bhpeft.feature_distance import FeatureDistance, mean_features
 from bhpeft.labelled_logits import at_labels, takes_positions, virtual_tokens_of
+from bhpeft.length_groups import LengthGroups
 from bhpeft.mc_dropout import batch_seed, dropout_noise
 from bhpeft.prediction import Answers, generate, label_log_likelihoods, seeded
 from bhpeft.sharded_state import load_sharded, save_sharded
@@ -71,6 +72,15 @@ class AdapterTrainer(Trainer):
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._scale: torch.Tensor | None = None  # what the loss is multiplied by before its gradient is taken
         self._parts = 1  # of how many micro-steps a step's loss is the sum
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As the Trainer's; where lengths are known it need not look at every row to group them."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = getattr(rows, "lengths", None)
+        if lengths is None or self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroups(together, lengths=lengths)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean NLL + kl_weight * KL / N + l2_weight / 2 |theta - theta_0|^2, N training rows: one scalar, one backward

@@ -110,14 +110,17 @@ def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
 
 def rows_of(trainer: AdapterTrainer) -> list[str]:
     """The training rows of this rank's micro-batch: their places, counted from 0, and how their texts begin."""
-    places = {}
+    texts = [tuple(tokens) for tokens in texts_of(trainer.step_inputs)]
+    places: dict[tuple[int, ...], int | str] = dict.fromkeys(texts, "?")
     for place, row in enumerate(trainer.train_dataset):
         nested = isinstance(row["input_ids"][0], list)
-        places |= {tuple(ids): place for ids in (row["input_ids"] if nested else [row["input_ids"]])}
+        for ids in row["input_ids"] if nested else [row["input_ids"]]:
+            if tuple(ids) in places:
+                places[tuple(ids)] = place
     found = {}
-    for tokens in texts_of(trainer.step_inputs):
+    for tokens in texts:
         text = trainer.processing_class.decode(tokens, skip_special_tokens=True)
-        found.setdefault(places.get(tuple(tokens), "?"), " ".join(text.split())[:40])
+        found.setdefault(places[tokens], " ".join(text.split())[:40])
     return [f"{place} {text!r}" for place, text in found.items()]
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import forked
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="bhpeft-rows-")  # rows kept between starts are kept there
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

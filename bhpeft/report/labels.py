@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -48,7 +49,8 @@ def figures(answered: Answered, table: pd.DataFrame, task) -> dict:
     found = {"rows": len(table), **label_figures(expected, predicted, task.labels)}
     found |= probability_figures(expected, p, task.labels)
     if task.train:
-        found["majority_baseline"] = float(np.mean([label == _commonest(task) for label in expected]))
+        commonest = _commonest(task)
+        found["majority_baseline"] = float(np.mean([label == commonest for label in expected]))
     if answered.generated:
         regular = [i for i, label in enumerate(predicted) if label != IRREGULAR]
         found["irregular_texts"] = irregular_texts([row.output for row in answered.outputs], predicted)
@@ -61,8 +63,8 @@ def figures(answered: Answered, table: pd.DataFrame, task) -> dict:
 
 
 def _commonest(task) -> str:
-    rows = [example.answer for example in task.train]
-    return max(task.labels, key=rows.count)
+    counts = Counter(example.answer for example in task.train)
+    return max(task.labels, key=counts.__getitem__)
 
 
 def sentence(figures: dict) -> str:

@@ -51,7 +51,7 @@ def figures(answered: Answered, table: pd.DataFrame, task) -> dict:
     counts, strict = accuracy_counts(outputs), accuracy_counts(outputs, strict=True)
     labels = [label.lower() for label in task.labels]
     p = table[[f"prob_{label}" for label in labels]].to_numpy()
-    train_pairs = [(example.query, example.answer) for example in task.train]
+    train_pairs = ((example.query, example.answer) for example in task.train)
     same = [" ".join(row.output.split()) == " ".join(row.expected.split()) for row in outputs]
     return {
         "accuracy": counts.accuracy,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +37,53 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase, text: str | None) -> int:
             f"--answer_end {text!r}: is not one token of the base model's; give another, such as a line end"
         )
     return token
+
+
+@dataclass
+class TooLong:
+    """Counts the rows of a part that are too long, while they go by, and says so behind the last.
+
+    Attributes:
+        what: is too long, as in "training texts are longer than --max_length 64".
+        cut: what is said of those that are cut.
+        long_prompts: "error", "truncate" or "drop".
+    """
+
+    what: str
+    cut: str
+    long_prompts: str
+    rows: int = 0
+    long: int = 0
+    longest: int = 0  # tokens
+    first: Example | None = None
+
+    def passes(self, example: Example, length: int, most: int) -> bool:
+        """Count a row of `length` tokens; whether it is one to go on with, cut if it has more than `most`."""
+        self.rows += 1
+        if length <= most:
+            return True
+        self.long += 1
+        self.longest = max(self.longest, length)
+        self.first = self.first or example
+        return self.long_prompts == "truncate"
+
+    def tell(self, notes: list[str]) -> None:
+        """Add a note if any was too long.
+
+        Raises:
+            InputError: that is an error, or none is left.
+        """
+        if not self.long:
+            return
+        what = f"{self.long} of {self.rows} {self.what}"
+        if self.long_prompts == "error":
+            raise InputError(
+                f"{what} (longest: {self.longest} tokens; first: row {self.first.id}, {self.first.query[:40]!r}); "
+                "raise --max_length as far as the base model has positions, or give --long_prompts truncate or drop"
+            )
+        if self.long_prompts == "drop" and self.long == self.rows:
+            raise InputError(f"{what}: none is left after --long_prompts drop; raise --max_length")
+        notes.append(f"{what}: {'dropped' if self.long_prompts == 'drop' else self.cut}")
 
 
 @dataclass
@@ -95,14 +142,17 @@ class Encoder:
         Raises:
             InputError: prompts leave no room for an answer and `long_prompts` is "error".
         """
-        rows, cut = [], 0
+        return list(self.stream_rows(examples, notes))
+
+    def stream_rows(self, examples: Iterable[Example], notes: list[str]) -> Iterator[dict]:
+        """As `train_rows`, one after the other; what is to be said, and an error, come behind the last."""
+        count = cut = 0
         for prompt_ids, answer_ids, _ in self._fitting(examples, notes, "training"):
             ids = (prompt_ids + answer_ids)[: self.max_length]
-            cut += len(prompt_ids) + len(answer_ids) > self.max_length
-            rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]})
+            count, cut = count + 1, cut + (len(prompt_ids) + len(answer_ids) > self.max_length)
+            yield {"input_ids": ids, "labels": [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]}
         if cut:
-            notes.append(f"{cut} of {len(rows)} training answers cut at --max_length {self.max_length} tokens")
-        return rows
+            notes.append(f"{cut} of {count} training answers cut at --max_length {self.max_length} tokens")
 
     def test_rows(self, examples: Sequence[Example], notes: list[str]) -> list[dict]:
         """Rows to answer: `input_ids` of the prompt, `label_ids` to score, `index` of the example.
@@ -125,28 +175,16 @@ class Encoder:
             notes.append(f"{cut} of {len(rows)} expected answers scored up to --max_length {self.max_length} tokens")
         return rows
 
-    def _fitting(self, examples: Sequence[Example], notes: list[str], part: str):
+    def _fitting(self, examples: Iterable[Example], notes: list[str], part: str) -> Iterator[tuple]:
         """The encoded examples whose prompt leaves room for an answer, mended as `long_prompts` says."""
-        encoded = [(*self.encode(example), example) for example in examples]
-        long = [row for row in encoded if len(row[0]) > self._room(row[0], row[2])]
-        if not long:
-            return encoded
-        longest = max(len(prompt_ids) for prompt_ids, _, _ in long)
-        what = f"{len(long)} of {len(encoded)} {part} prompts are longer than --max_length {self.max_length} allows"
-        if self.long_prompts == "error":
-            first = long[0][2]
-            raise InputError(
-                f"{what} (longest: {longest} tokens; first: row {first.id}, {first.query[:40]!r}); "
-                "raise --max_length as far as the base model has positions, or give --long_prompts truncate or drop"
-            )
-        if self.long_prompts == "drop":
-            notes.append(f"{what}: dropped")
-            encoded = [row for row in encoded if len(row[0]) <= self._room(row[0], row[2])]
-            if not encoded:
-                raise InputError(f"{what}: none is left after --long_prompts drop; raise --max_length")
-            return encoded
-        notes.append(f"{what}: the end of their input is cut")
-        return [self._cut(*row) if len(row[0]) > self._room(row[0], row[2]) else row for row in encoded]
+        what = f"{part} prompts are longer than --max_length {self.max_length} allows"
+        found = TooLong(what, "the end of their input is cut", self.long_prompts)
+        for example in examples:
+            row = (*self.encode(example), example)
+            length, room = len(row[0]), self._room(row[0], example)
+            if found.passes(example, length, room):
+                yield row if length <= room else self._cut(*row)
+        found.tell(notes)
 
     def _room(self, prompt_ids: list[int], example: Example) -> int:
         """Most tokens of a prompt: beside it goes the longest label, or at least one token of free text."""

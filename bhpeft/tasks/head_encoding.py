@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from bhpeft.errors import InputError
-from bhpeft.tasks.example import Example
+from bhpeft.tasks.encoding import TooLong
+from bhpeft.tasks.example import Example, chunks
+
+TOGETHER = 1000  # texts tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Standardiser:
         Raises:
             InputError: all answers are the same number, so that there is nothing to learn.
         """
-        values = [float(example.answer) for example in examples]
+        values = array("d", (float(example.answer) for example in examples))
         mean = math.fsum(values) / len(values)
         deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
         if not deviation > 0:
@@ -67,7 +71,12 @@ class HeadEncoder:
         Raises:
             InputError: texts are too long and `long_prompts` is "error", or none is left after dropping them.
         """
-        return [{**row, "labels": self.target(example)} for row, example in self._encode(examples, notes, "training")]
+        return list(self.stream_rows(examples, notes))
+
+    def stream_rows(self, examples: Iterable[Example], notes: list[str]) -> Iterator[dict]:
+        """As `train_rows`, one after the other; what is to be said, and an error, come behind the last."""
+        for row, example in self._encode(examples, notes, "training"):
+            yield {**row, "labels": self.target(example)}
 
     def test_rows(self, examples: Sequence[Example], notes: list[str]) -> list[dict]:
         """Rows to answer: `input_ids` and `index` of the example.
@@ -84,43 +93,37 @@ class HeadEncoder:
             return self.standardiser.standardise(float(example.answer))
         return list(self.labels).index(example.answer)
 
-    def _encode(self, examples: Sequence[Example], notes: list[str], part: str) -> list[tuple[dict, Example]]:
+    def _encode(self, examples: Iterable[Example], notes: list[str], part: str) -> Iterator[tuple[dict, Example]]:
+        found = TooLong(f"{part} texts are longer than --max_length {self.max_length}", "their end is cut",
+                        self.long_prompts)  # fmt: skip
+        for some in chunks(examples, TOGETHER):
+            for row, length, example in self._tokenised(some):
+                if found.passes(example, length, self.max_length):
+                    yield row, example
+        found.tell(notes)
+
+    def _tokenised(self, examples: Sequence[Example]) -> Iterator[tuple[dict, int, Example]]:
+        """Each example as a row, with the tokens that its longest text would have uncut."""
         choices = self.task_type == "multiple_choice"
         if choices:
             texts = [example.query for example in examples for _ in example.choices]
             seconds = [choice for example in examples for choice in example.choices]
         else:
             texts, seconds = [example.query for example in examples], None
-        lengths = [len(ids) for ids in self.tokenizer(texts, seconds, return_attention_mask=False)["input_ids"]]
-        encoded = self.tokenizer(
-            texts, seconds, truncation="only_first" if choices else True, max_length=self.max_length,
-            return_attention_mask=False,
-        )  # fmt: skip
+        encoded = self.tokenizer(texts, seconds, return_attention_mask=False)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        if max(lengths) > self.max_length:
+            encoded = self.tokenizer(
+                texts, seconds, truncation="only_first" if choices else True, max_length=self.max_length,
+                return_attention_mask=False,
+            )  # fmt: skip
         names = ["input_ids"]
         if choices and "token_type_ids" in encoded:
             names.append("token_type_ids")  # which is the question and which the choice
-        rows, place = [], 0
+        place = 0
         for example in examples:
             count = len(example.choices) if choices else 1
             span = slice(place, place + count)
             row = {name: encoded[name][span] if choices else encoded[name][place] for name in names}
-            rows.append((row, example, max(lengths[span])))
+            yield row, max(lengths[span]), example
             place += count
-        return self._fitting(rows, notes, part)
-
-    def _fitting(self, rows: list[tuple[dict, Example, int]], notes: list[str], part: str):
-        long = [(length, example) for _, example, length in rows if length > self.max_length]
-        if long:
-            what = f"{len(long)} of {len(rows)} {part} texts are longer than --max_length {self.max_length}"
-            if self.long_prompts == "error":
-                longest, first = max(length for length, _ in long), long[0][1]
-                raise InputError(
-                    f"{what} (longest: {longest} tokens; first: row {first.id}, {first.query[:40]!r}); raise "
-                    "--max_length as far as the base model has positions, or give --long_prompts truncate or drop"
-                )
-            if self.long_prompts == "drop":
-                rows = [row for row in rows if row[2] <= self.max_length]
-                if not rows:
-                    raise InputError(f"{what}: none is left after --long_prompts drop; raise --max_length")
-            notes.append(f"{what}: {'dropped' if self.long_prompts == 'drop' else 'their end is cut'}")
-        return [(row, example) for row, example, _ in rows]

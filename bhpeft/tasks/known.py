@@ -7,7 +7,7 @@ dataset makes examples of either.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ class KnownDataset:
         hub_id, hub_config: where `datasets.load_dataset` finds it.
         hub_train, hub_test: names of the hub's splits that are trained and tested on; both have labels.
         files: what stands in its folder, for a reader of an error.
+        patterns: the same as glob patterns: what its rows are read from.
         read_folder: (folder, "train" or "test") -> rows in the hub's columns, or None if it has no such split.
-        examples: (rows, "train" or "test", notes) -> examples.
+        examples: (rows, "train" or "test", notes) -> examples, as far as can be one after the other.
     """
 
     task_type: str
@@ -44,8 +45,9 @@ class KnownDataset:
     instruction: str
     hub_id: str
     files: str
+    patterns: tuple[str, ...]
     read_folder: Callable[[Path, str], Iterator[Row] | None]
-    examples: Callable[[Iterable[Row], str, list[str]], list[Example]]
+    examples: Callable[[Iterable[Row], str, list[str]], Iterable[Example]]
     hub_config: str | None = None
     hub_train: str = "train"
     hub_test: str = "test"
@@ -56,7 +58,13 @@ class KnownDataset:
         return f"{self.hub_id} {self.hub_config}" if self.hub_config else self.hub_id
 
 
-def read_known(name: str, split: str, data_path: str | None, notes: list[str]) -> list[Example]:
+def read_known(
+    name: str,
+    split: str,
+    data_path: str | None,
+    notes: list[str],
+    keep: Callable[[Iterable[Example]], Sequence[Example]] = list,
+) -> Sequence[Example]:
     """Read one split of a known dataset.
 
     Args:
@@ -64,9 +72,10 @@ def read_known(name: str, split: str, data_path: str | None, notes: list[str]) -
         split: "train" or "test"; the latter may be what others call validation, where the test rows are unlabelled.
         data_path: the folder of the dataset's own files; None reads from the hub.
         notes: gets a line for everything left out.
+        keep: puts examples, which come one after the other, where they stay.
 
     Returns:
-        The examples in the order of their rows; [] if the folder's layout has no test split.
+        The examples in the order of their rows, as `keep` gives them; [] if the folder's layout has no test split.
 
     Raises:
         InputError: the name is unknown, the hub out of reach, or anything wrong with the data; the file and row
@@ -76,12 +85,19 @@ def read_known(name: str, split: str, data_path: str | None, notes: list[str]) -
     if rows is None:
         return []
     before = len(notes)
-    examples = KNOWN[name].examples(rows, split, notes)
+    examples = keep(KNOWN[name].examples(rows, split, notes))
     if not examples:
         source = f"--data_path {data_path}" if data_path else KNOWN[name].hub_name
         reasons = "; ".join(notes[before:]) or "there are no rows"
         raise InputError(f"{source}: no {split} examples of {name} ({reasons}); give it at least one")
     return examples
+
+
+def known_files(name: str, data_path: Path) -> list[Path]:
+    """The files in a known dataset's folder that its rows are read from, as far as they are there."""
+    if data_path.is_file():
+        return [data_path]
+    return sorted(file for pattern in KNOWN[name].patterns for file in data_path.glob(pattern) if file.is_file())
 
 
 def known_rows(name: str, split: str, data_path: str | None) -> Iterator[Row] | None:
@@ -103,15 +119,13 @@ def _hub_rows(name: str, hub_split: str) -> Iterator[Row]:
 
 def classification(
     query_of: Callable[[dict[str, Any], str], str], labels: tuple[str, ...]
-) -> Callable[[Iterable[Row], str, list[str]], list[Example]]:
+) -> Callable[[Iterable[Row], str, list[str]], Iterator[Example]]:
     """The function that makes examples of rows with an input, `query_of(row, place)`, and a class index `label`."""
 
-    def examples(rows: Iterable[Row], split: str, notes: list[str]) -> list[Example]:
-        made = []
+    def examples(rows: Iterable[Row], split: str, notes: list[str]) -> Iterator[Example]:
         for i, (where, row) in enumerate(rows):
             query = query_of(row, where)
-            made.append(Example(f"{split}-{i}", query, class_name(row, labels, where), same_input(query)))
-        return made
+            yield Example(f"{split}-{i}", query, class_name(row, labels, where), same_input(query))
 
     return examples
 
@@ -128,13 +142,12 @@ def amazon_query(row: dict[str, Any], where: str) -> str:
     return text({"title and content": ". ".join(filter(None, parts))}, "title and content", where)
 
 
-def csqa_examples(rows: Iterable[Row], split: str, notes: list[str]) -> list[Example]:
+def csqa_examples(rows: Iterable[Row], split: str, notes: list[str]) -> Iterator[Example]:
     """Questions with five choices; the answer is the letter of the right one.
 
     Raises:
         InputError: no answer (as in the test split), a letter that is no choice's, or choices that are not A to E.
     """
-    examples = []
     for i, (where, row) in enumerate(rows):
         query = text(row, "question", where)
         choices = column(row, "choices", where)
@@ -156,11 +169,10 @@ def csqa_examples(rows: Iterable[Row], split: str, notes: list[str]) -> list[Exa
             )
         if answer not in LETTERS:
             raise InputError(f"{where}: answerKey {answer!r:.40} is none of {', '.join(LETTERS)}; mend this row")
-        examples.append(Example(str(row.get("id") or f"{split}-{i}"), query, answer, same_input(query), texts))
-    return examples
+        yield Example(str(row.get("id") or f"{split}-{i}"), query, answer, same_input(query), texts)
 
 
-def drug_review_examples(rows: Iterable[Row], split: str, notes: list[str]) -> list[Example]:
+def drug_review_examples(rows: Iterable[Row], split: str, notes: list[str]) -> Iterator[Example]:
     """Reviews, without the quotes around them and with HTML entities as characters; the answer is the rating.
 
     A rating of 9.0, as some copies have it, is the text "9".
@@ -168,14 +180,12 @@ def drug_review_examples(rows: Iterable[Row], split: str, notes: list[str]) -> l
     Raises:
         InputError: a rating that is no finite number.
     """
-    examples = []
     for i, (where, row) in enumerate(rows):
         query = html.unescape(text(row, "review", where)).strip()
         if len(query) > 1 and query[0] == query[-1] == '"':
             query = query[1:-1]
         query = text({"review": query}, "review", where)
-        examples.append(Example(f"{split}-{i}", query, number_text(row, "rating", where), same_input(query)))
-    return examples
+        yield Example(f"{split}-{i}", query, number_text(row, "rating", where), same_input(query))
 
 
 KNOWN: dict[str, KnownDataset] = {
@@ -187,6 +197,7 @@ KNOWN: dict[str, KnownDataset] = {
         hub_config="sst2",
         hub_test="validation",  # the labels of GLUE's test split are all -1
         files="train.tsv and dev.tsv",
+        patterns=("train.tsv", "dev.tsv"),
         read_folder=layouts.sst2,
         examples=classification(lambda row, where: text(row, "sentence", where), SENTIMENT),
     ),
@@ -196,6 +207,7 @@ KNOWN: dict[str, KnownDataset] = {
         instruction="Classify the following news item as World, Sports, Business or Sci/Tech.",
         hub_id="fancyzhx/ag_news",
         files="train.csv and test.csv (class, title, description)",
+        patterns=("train.csv", "test.csv"),
         read_folder=layouts.ag_news,
         examples=classification(lambda row, where: text(row, "text", where), TOPICS),
     ),
@@ -205,6 +217,7 @@ KNOWN: dict[str, KnownDataset] = {
         instruction="Say whether the sentiment of the following film review is negative or positive.",
         hub_id="stanfordnlp/imdb",
         files="train/ and test/, each with neg/ and pos/ (aclImdb)",
+        patterns=("train/neg/*.txt", "train/pos/*.txt", "test/neg/*.txt", "test/pos/*.txt"),
         read_folder=layouts.imdb,
         examples=classification(imdb_query, SENTIMENT),
     ),
@@ -215,6 +228,7 @@ KNOWN: dict[str, KnownDataset] = {
         hub_id="tau/commonsense_qa",
         hub_test="validation",  # the test split has no answers
         files="train_rand_split.jsonl and dev_rand_split.jsonl",
+        patterns=("train_rand_split.jsonl", "dev_rand_split.jsonl"),
         read_folder=layouts.csqa,
         examples=csqa_examples,
     ),
@@ -224,6 +238,7 @@ KNOWN: dict[str, KnownDataset] = {
         instruction="Rate how satisfied the writer of the following drug review is, from 1 to 10.",
         hub_id="lewtun/drug-reviews",
         files="drugsComTrain_raw.tsv and drugsComTest_raw.tsv",
+        patterns=("drugsComTrain_raw.tsv", "drugsComTest_raw.tsv"),
         read_folder=layouts.drug_reviews,
         examples=drug_review_examples,
     ),
@@ -233,6 +248,7 @@ KNOWN: dict[str, KnownDataset] = {
         instruction="Say whether the sentiment of the following product review is negative or positive.",
         hub_id="fancyzhx/amazon_polarity",
         files="train.csv and test.csv (class, title, content)",
+        patterns=("train.csv", "test.csv"),
         read_folder=layouts.amazon_polarity,
         examples=classification(amazon_query, SENTIMENT),
     ),
@@ -243,6 +259,7 @@ KNOWN: dict[str, KnownDataset] = {
         hub_id="OpenAssistant/oasst1",
         hub_test="validation",
         files="one .jsonl or .jsonl.gz of trees or messages",
+        patterns=("*.jsonl", "*.jsonl.gz"),
         read_folder=dialogue.oasst1,
         examples=dialogue.examples,
     ),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bhpeft.errors import InputError
-from bhpeft.files import column_indices, read_rows, read_text
+from bhpeft.files import column_indices, read_text, records, stream_rows
 
 Row = tuple[str, dict[str, Any]]
 
@@ -98,30 +98,6 @@ def file_in(folder: Path, name: str) -> Path:
     return file
 
 
-def records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a file with quoted fields, each with the line it begins on; the first one may be a header.
-
-    Raises:
-        InputError: broken quoting, or bytes that are not UTF-8 (with their line).
-    """
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
-    line = 1
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            for fields in reader:
-                if fields:
-                    yield line, fields
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{file}:{line}: {error}; mend the quoting of this row") from None
-    except UnicodeDecodeError:
-        read_text(file)  # raises, and knows the line
-        raise
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); check the path") from None
-
-
 def json_lines(file: Path) -> Iterator[Row]:
     """The objects of a .jsonl or .jsonl.gz file, one a line; blank lines are passed over.
 
@@ -161,10 +137,10 @@ def sst2(folder: Path, split: str) -> Iterator[Row]:
     GLUE's own `test.tsv` has no labels and is never read.
 
     Raises:
-        InputError: as `file_in`, `read_rows` and `column_indices`.
+        InputError: as `file_in`, `stream_rows` and `column_indices`.
     """
     file = file_in(folder, {"train": "train.tsv", "test": "dev.tsv"}[split])
-    header, rows = read_rows(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    header, rows = stream_rows(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     sentence, label = column_indices(file, header, ["sentence", "label"])
     for line, fields in rows:
         yield f"{file}:{line}", {"sentence": fields[sentence], "label": fields[label]}
