@@ -43,7 +43,7 @@ SETTLED = ("name", "task_type", "labels", "instruction", "notes", "digest")  # o
 LATER = {
     "ood_dataset_name", "ood_data_path", "max_ood_samples", "prompt_template", "answer_end", "predict_by", "max_length",
     "long_prompts", "max_new_tokens", "context_turns", "packing", "do_sample", "temperature", "top_k", "top_p",
-    "posterior_samples", "mc_dropout_samples", "fit_temperature",
+    "posterior_samples", "mc_dropout_samples", "feature_distance", "fit_temperature",
 }  # fmt: skip
 PATHS = ("name_or_path", "vocab_file", "merges_file", "tokenizer_file", "tokenizer_object")  # of a tokenizer's settings
 
