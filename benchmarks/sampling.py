@@ -6,8 +6,8 @@ BH-PEFT with Gaussian down matrices (--bayesian all: every matrix) on the encode
 noise reaches the output; the 872 sentences of SST-2's dev, in their order as stock evaluation takes them, and sorted by
 length; one by one, and in batches of 64. "one pass" is at the posterior mean; "batched" is how the trainer samples
 (adapters/posterior.py: sampled); "one by one" a pass a sample under the very same noise, whose logits must be the same
-but for rounding. Prints medians of --repeats turns in milliseconds, and of the ratios to one pass within a turn, and
-writes them to results/benchmarks/sampling.json. --smoke: one turn, nothing written.
+but for rounding. Prints medians of --repeats turns in milliseconds, and of the ratios to one pass within a turn (one by
+one: of one turn), and writes them to results/benchmarks/sampling.json. --smoke: one turn, nothing written.
 """
 
 from __future__ import annotations
@@ -87,44 +87,43 @@ def sequential(model: torch.nn.Module, batches: list[dict], samples: int) -> lis
     return found
 
 
-def times_in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, the ways taking turns, after one round that does not count.
-
-    With one thread it is the time on the processor, which a busy machine lengthens less; else time on the clock.
-    """
+def timed(way: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], float]:
+    """What it gives, and milliseconds. With one thread it is the time on the processor, which a busy machine lengthens
+    less; else time on the clock."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            started = clock()
-            way()
-            if turn:
-                times[name].append(1000 * (clock() - started))
-    return times
+    started = clock()
+    found = way()
+    return found, 1000 * (clock() - started)
 
 
 def measure(model: torch.nn.Module, batches: list[dict], samples: int, repeats: int) -> dict:
     """Medians of times, and of ratios within a turn, over these batches; and how far the two ways' logits differ.
 
+    Passes one by one are timed once, the others take turns behind one that does not count.
+
     Raises:
-        InputError: they differ by more than rounding.
+        InputError: the logits differ by more than rounding.
     """
-    pairs = zip(batched(model, batches, samples), sequential(model, batches, samples), strict=True)
-    together, one_by_one = (torch.cat(part, 1) for part in zip(*pairs, strict=True))
-    difference, spread = (together - one_by_one).abs().max().item(), together.std(dim=0).mean().item()
+    one_pass(model, batches)
+    turns = []
+    for _ in range(repeats + 1):
+        _, mean = timed(lambda: one_pass(model, batches))
+        together, all_samples = timed(lambda: batched(model, batches, samples))
+        turns.append((mean, all_samples))
+    apart, one_by_one = timed(lambda: sequential(model, batches, samples))
+    together, apart = torch.cat(together, 1), torch.cat(apart, 1)
+    difference, spread = (together - apart).abs().max().item(), together.std(dim=0).mean().item()
     if not difference <= TOLERANCE * spread:
         raise InputError(f"samples drawn in one pass differ from those drawn one by one by {difference:.2g}")
-    ways = {
-        "one_pass": lambda: one_pass(model, batches),
-        "batched": lambda: batched(model, batches, samples),
-        "sequential": lambda: sequential(model, batches, samples),
-    }
-    times = times_in_turns(ways, repeats)
-    found = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    for name in ("batched", "sequential"):
-        ratios = (a / b for a, b in zip(times[name], times["one_pass"], strict=True))
-        found[f"{name}_ratio"] = statistics.median(ratios)
-    return {**found, "rows": together.shape[1], "largest_difference": difference, "deviation_of_logits": spread}
+    passes, sampled_times = zip(*turns[1:], strict=True)
+    return {
+        "one_pass_ms": statistics.median(passes),
+        "batched_ms": statistics.median(sampled_times),
+        "sequential_ms": one_by_one,
+        "batched_ratio": statistics.median(b / a for a, b in turns[1:]),
+        "sequential_ratio": one_by_one / statistics.median(passes),
+        "rows": together.shape[1], "largest_difference": difference, "deviation_of_logits": spread,
+    }  # fmt: skip
 
 
 def read_texts(data_path: Path | None) -> list[str]:

@@ -377,7 +377,7 @@ def test_the_benchmark_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_pa
     assert [run["method"] for run in record["runs"]] == ["map", "bh-peft+temperature"]
     configuration = read_metrics(tmp_path / "work/results/bh-peft+temperature-0/metrics/run.json")["config"]
     assert configuration["fit_temperature"] and configuration["validation_file"].endswith("validation.csv")
-    assert not configuration["bf16"] and configuration["max_length"] == 128  # answers are given in fp32
+    assert configuration["bf16"] and configuration["max_length"] == 128  # as in training
     assert all(0 <= run["measures"]["entropy"]["auroc_ood"] <= 1 for run in record["runs"])
     text = capsys.readouterr().out
     assert "Minus map" in text and (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG")
@@ -390,6 +390,30 @@ def test_the_benchmark_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_pa
         patch.setattr(uncertainty.Bench, "train", _adapter_of_map(uncertainty.Bench.train, tmp_path))
         free = uncertainty.main([*flags, "--methods", "training-free"])["runs"][-1]
     assert free["method"] == "training-free" and free["measures"]["mutual_information"]
+
+
+def test_the_benchmark_of_rounds_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_path, capsys, monkeypatch):
+    from benchmarks import rounds
+
+    few = {"rounds": [6, 12], "validation_rows": 12, "test_rows": 12, "epochs": 1, "steps": 2}
+    monkeypatch.setattr(rounds, "SMOKE", few)
+    monkeypatch.setitem(rounds.ADAPTER, "bn_reduction_factor", 8)
+    flags = ["--base_model", str(tiny_encoder), "--data_path", str(little_sst2), "--smoke", "--seeds", "0"]
+    flags += ["--out", str(tmp_path / "r.json")]
+    record = rounds.main([*flags, "--methods", "weights;posterior;full replay"])
+    weights, posterior, replay = record["runs"]
+    assert weights["trained_rows"] == posterior["trained_rows"] == 2 * (6 + 12)  # two steps a round, of an epoch each
+    assert replay["trained_rows"] == 2 * (6 + 18) and replay["steps"] == posterior["steps"] == 4
+    for run in record["runs"]:
+        (first, none), last = run["matrix"]
+        assert none is None and run["backward_transfer"] == pytest.approx(last[0] - first)
+        assert len(run["accuracies"]) == 2 and run["accuracies"][-1] == run["accuracy"]
+    text = capsys.readouterr().out
+    assert "Minus weights" in text and "full replay: accuracy on rows of each round" in text
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "run", lambda *args: pytest.fail("was run already"))
+        assert rounds.main([*flags, "--methods", "weights;posterior"]) == json.loads((tmp_path / "r.json").read_text())
 
 
 def test_runs_of_the_benchmark_replace_their_own_alone(tmp_path, monkeypatch, capsys):
