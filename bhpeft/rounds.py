@@ -267,5 +267,6 @@ def release(trainer: AdapterTrainer) -> None:
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
     trainer.deepspeed = trainer.anchor = None  # the engine holds the shards of the base
+    trainer.gaussian, trainer.trained = [], []
     trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     gc.collect()

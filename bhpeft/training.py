@@ -67,7 +67,9 @@ class AdapterTrainer(Trainer):
         self.keeps_labelled = not with_head and takes_positions(self.model)
         if with_head:
             self.model_accepts_loss_kwargs = False
-        self._gaussian = gaussian_layers(self.model)
+        self.gaussian = gaussian_layers(self.model)  # each step needs both lists: the model is gone over once
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._weights: int | None = None
         self._gathers_features = False
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._scale: torch.Tensor | None = None  # what the loss is multiplied by before its gradient is taken
@@ -91,7 +93,7 @@ class AdapterTrainer(Trainer):
         if self.keeps_labelled and "labels" in inputs:
             inputs = at_labels(inputs, virtual_tokens_of(self.model)) | {"use_cache": False}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        kl = kl_divergence(self._gaussian) if model.training else None
+        kl = kl_divergence(self.gaussian) if model.training else None
         anchor = self.anchor if model.training else None
         if kl is None and anchor is None:
             return result
@@ -106,8 +108,8 @@ class AdapterTrainer(Trainer):
                 nll.register_hook(self._note_scale)
             share = self.kl_weight / len(self.train_dataset)
             loss = loss + self._add("kl", kl, share).to(nll)
-            self._terms["kl_grad_norm"].append(share * kl_gradient_norm(self._gaussian))
-            self._terms["sigma"].append(mean_sigma(self._gaussian))
+            self._terms["kl_grad_norm"].append(share * kl_gradient_norm(self.gaussian))
+            self._terms["sigma"].append(mean_sigma(self.gaussian))
         if anchor is not None:
             loss = loss + self._add("l2", anchor.distance_square(), self.l2_weight / 2).to(nll)
         return (loss, *outputs) if return_outputs else loss
@@ -133,8 +135,19 @@ class AdapterTrainer(Trainer):
         if math.isfinite(self.step_loss):
             self.step_loss, self.step_inputs = loss.item(), inputs
         if self._scale is not None:
-            self._terms["nll_grad_norm"].append(nll_gradient_norm(self._gaussian) / self._scale * self._parts)
+            self._terms["nll_grad_norm"].append(nll_gradient_norm(self.gaussian) / self._scale * self._parts)
         return loss
+
+    # The Trainer goes over all modules of the model for either of these, in every step.
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """6 x tokens x weights but those of embeddings (Kaplan et al. 2020, arXiv 2001.08361), as the Trainer's."""
+        if self._weights is None:
+            self._weights = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._weights
+
+    def _clip_grad_norm(self, model):
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
