@@ -115,6 +115,7 @@ def make_causal(folder: Path, tokenizer_folder: Path, smoke: bool) -> Path:
 
 def stock_trainer(task: dict, arguments):
     """`Trainer` and peft as their documentation has them, on the same rows."""
+    import numpy as np
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import (
@@ -126,6 +127,8 @@ def stock_trainer(task: dict, arguments):
         Trainer,
         set_seed,
     )
+
+    from bhpeft.length_groups import LengthGroups
 
     tokenizer = AutoTokenizer.from_pretrained(task["base_model"])
     texts = [tuple(row) for row in task["rows"]]
@@ -153,7 +156,13 @@ def stock_trainer(task: dict, arguments):
         fill = {"padding": "max_length", "max_length": longest} if task.get("padded") else {}
         collator = DataCollatorWithPadding(tokenizer, **fill)
     model = get_peft_model(model, lora)
-    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    if task["sampling"] == "group_by_length":  # in the order that ours has, so that losses can be compared
+        groups = LengthGroups(
+            task["batch"], np.array([len(row["input_ids"]) for row in rows], np.int32), arguments.seed
+        )
+        trainer._get_train_sampler = lambda *_: groups
+    return trainer
 
 
 def own_trainer(task: dict, folder: Path, steps: int):

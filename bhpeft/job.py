@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from bhpeft.config import Run
 from bhpeft.feature_distance import FILE, chosen, fit_distance, read_distance
 from bhpeft.prediction import read_answers
+from bhpeft.record import say
 from bhpeft.report.answered import Answered
 from bhpeft.results import RunFiles
 from bhpeft.tasks import Example, Task
@@ -72,7 +73,11 @@ class Job:
         if not wanted or not training.do_train:
             return
         rows = self.encoder.test_rows(chosen(self.task.train, training.data_seed), [])
-        trainer.feature_distance = fit_distance(trainer.features(rows))
+        try:
+            trainer.feature_distance = fit_distance(trainer.features(rows))
+        except ValueError as error:  # all but a few rows were too long, or all are one
+            say(f"--feature_distance is left out: {error}")
+            return
         if training.should_save:
             trainer.feature_distance.save(training.output_dir)
 

@@ -53,6 +53,7 @@ class AdapterTrainer(Trainer):
     anchor: Anchor | None = None  # holds weights to those of the round before, by l2_weight / 2 |theta - theta_0|^2
     l2_weight: float = 0.0
     settings: dict | None = None  # what the run's result depends on, written into its checkpoints
+    groups: LengthGroups | None = None  # what puts rows of like length together
     step_loss: float = 0.0  # of the last micro-step, or of the first of a step that was not finite: for `Watch`
     step_gradient: float = 0.0  # norm
     step_inputs: dict[str, torch.Tensor]
@@ -76,13 +77,17 @@ class AdapterTrainer(Trainer):
         self._parts = 1  # of how many micro-steps a step's loss is the sum
 
     def _get_train_sampler(self, train_dataset=None):
-        """As the Trainer's; where lengths are known it need not look at every row to group them."""
+        """As the Trainer's; grouped by length, in an order that resuming and other ranks meet again."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        lengths = getattr(rows, "lengths", None)
-        if lengths is None or self.args.train_sampling_strategy != "group_by_length":
+        if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
+        lengths = getattr(rows, "lengths", None)
+        if lengths is None:
+            lengths = np.array([len(row["input_ids"]) for row in rows], np.int32)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroups(together, lengths=lengths)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.groups = LengthGroups(together, lengths, seed)
+        return self.groups
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean NLL + kl_weight * KL / N + l2_weight / 2 |theta - theta_0|^2, N training rows: one scalar, one backward
@@ -321,11 +326,13 @@ class AdapterTrainer(Trainer):
         else:
             super()._load_best_model()
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        if self.groups is not None:  # accelerate's set_epoch does not reach a sampler behind its shards
+            self.groups.epoch = epoch
         if self.state.global_step >= self.state.max_steps:  # resumed behind the last; the Trainer would take another
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
 
 @contextlib.contextmanager

@@ -240,16 +240,19 @@ def test_rows_encoded_in_small_parts_are_those_encoded_at_once(kind, mode, tiny_
         assert (len(at_once[0]) < len(examples)) == (mode == "drop")
 
 
-def test_lengths_are_grouped_as_transformers_groups_them():
+def test_lengths_are_grouped_as_transformers_groups_them_by_seed_and_epoch():
     draw = random.Random(0)
     for rows in (1, 3, 16, 100, 1000, 5000):
         lengths = [draw.randint(1, 30) for _ in range(rows)]
         for batch in (1, 4, 32):
-            torch.manual_seed(rows)
-            wanted = list(LengthGroupedSampler(batch, lengths=lengths))
-            torch.manual_seed(rows)
-            sampler = LengthGroups(batch, lengths=np.array(lengths, np.int32))
-            assert list(sampler) == wanted and len(sampler) == rows
+            sampler, orders = LengthGroups(batch, np.array(lengths, np.int32), seed=rows), []
+            for epoch in (0, 1):
+                generator = torch.Generator().manual_seed(rows + epoch)
+                sampler.epoch = epoch
+                orders.append(list(LengthGroupedSampler(batch, lengths=lengths, generator=generator)))
+                torch.rand(1)  # what else is drawn does not matter
+                assert list(sampler) == orders[-1] and len(sampler) == rows
+            assert rows < 16 or orders[0] != orders[1]
 
 
 # ---------------------------------------------------------------------------------------- when it is used
@@ -316,6 +319,8 @@ def test_an_entry_that_is_not_whole_is_made_again(how, kind, prepare, tmp_path):
     else:
         partial = folder.rename(folder.with_name(f".{folder.name}.partial"))
         (partial / file.name).write_bytes(content[: len(content) // 2])
+        for path in (partial, *partial.iterdir()):
+            os.utime(path, (0, 0))
         (folder.parent / f".{folder.name}.lock").write_text("process 1 on a machine since yesterday")
     assert prepare()[1] == first
     assert file.read_bytes() == content and set(entries(tmp_path / "cache")) == {"rows", "tokens"}

@@ -18,9 +18,9 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 INITIAL_SIGMA = 0.0025  # sigma_0; g starts in (0.035, 0.05), as BLoB's does
-ONE = torch.ones(())
 FLOOR = 1e-12  # sigma is kept above it inside the logarithm
 
 
@@ -56,6 +56,7 @@ class _GaussianKL(torch.autograd.Function):
         return kl, square
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient, _):
         by_mu, by_g = ctx.saved_tensors
         return gradient * by_mu, gradient * by_g, None, None
@@ -91,6 +92,7 @@ class _Flipout(torch.autograd.Function):
         return y, kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, by_y, by_kl):
         taken, signed, s, r, weight, spread, by_spread, kl_by_mu, kl_by_g = ctx.saved_tensors
         kind, parameter_kind = ctx.kinds
@@ -224,7 +226,7 @@ def product_dtype(weight: torch.Tensor) -> torch.dtype:
 def _signs(*shape: int, like: torch.Tensor) -> torch.Tensor:
     """Random -1 and 1, each with probability one half."""
     drawn = torch.empty(shape, device=like.device).uniform_(-1, 1)  # on CPUs a third of bernoulli_'s time
-    return torch.copysign(ONE, drawn).to(like.dtype)
+    return torch.copysign(drawn.new_ones(()), drawn).to(like.dtype)
 
 
 class LowRank(nn.Module):

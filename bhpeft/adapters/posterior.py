@@ -64,8 +64,8 @@ def sampled(score: Callable[[dict], torch.Tensor], inputs: dict[str, torch.Tenso
     """Scores of B rows under each of S weights, within `posterior_noise`, in a batch's memory and less than its time.
 
     Ten times the rows are ten times the padding: rows of like length share a pass, cut to their longest, all S samples
-    of them together. A pass has no more tokens than the batch, or `TOKENS`. Under ZeRO-3 all is one pass, for ranks
-    whose rows have other lengths must run as many of them.
+    of them together. A pass has no more tokens than the batch, or `TOKENS`, or one row under all samples. Under ZeRO-3
+    all is one pass, for ranks whose rows have other lengths must run as many of them.
 
     Args:
         score: scores of a batch's rows, (rows, ...), whatever the padding.

@@ -17,6 +17,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -111,6 +112,7 @@ class _Gated(torch.autograd.Function):
         return weights @ values, of_text
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, by_output, _):
         scaled, keys, values, weights, of_prefix, of_text, share, gated, kept = ctx.saved_tensors
         by_output = by_output.to(values.dtype)

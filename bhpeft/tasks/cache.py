@@ -7,11 +7,13 @@
 A key is a digest of all that an entry depends on. Of data files it is the content: time stamps may lie, on network file
 systems and after a copy, and to read a file costs little of what is saved. Of this package it is the sources that turn
 files into rows, so that no version has to be remembered. An entry is written beside and renamed; one process makes it
-while the others wait; one that is not whole is made again. Deleting the folder costs time alone.
+while the others wait; one that is not whole is made again. Deleting the folder while no run
+uses it costs time alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,6 +21,8 @@ import importlib.metadata
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -37,6 +41,7 @@ from bhpeft.tasks.table import READERS
 from bhpeft.tasks.token_rows import TokenRows, write_tokens
 
 OFF = "none"  # --row_cache none
+STALE = 3600.0
 TASK, NOTES, PLACES = "task.json", "notes.json", "places.npy"
 SETTLED = ("name", "task_type", "labels", "instruction", "notes", "digest")  # of a task, beside its rows
 # Flags that say what becomes of rows later. Any other one, and any new one, makes an entry of its own.
@@ -199,6 +204,14 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str | None:
 # --------------------------------------------------------------------------------------------- entries
 
 
+def clear_partial(cache: Path) -> None:
+    """Remove what killed processes have left: nothing takes `STALE` seconds to make and has not been written to."""
+    for folder in cache.glob(".*.partial*"):
+        with contextlib.suppress(OSError):
+            if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > STALE:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def entry(target: Path, needed: str, make: Callable[[Path], None]) -> Path:
     """An entry of the cache, whole: found, or made by this process, or by another one that is waited for.
 
@@ -215,13 +228,17 @@ def entry(target: Path, needed: str, make: Callable[[Path], None]) -> Path:
     with held(lock_beside(target), wait=True):
         if fault(target, needed) is None:
             return target
-        beside = target.with_name(f".{target.name}.partial")
+        # Named by its maker: where a file system knows no locks, several make the same entry, and the first one counts.
+        beside = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
         try:
-            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+            clear_partial(target.parent)
             beside.mkdir()
             make(beside)
-            seal(beside, target, None)
+            if fault(target, needed) is not None:
+                seal(beside, target, None)
         except OSError as error:
+            if fault(target, needed) is None:
+                return target
             raise InputError(
                 f"{target}: cannot be written ({error.strerror or error}); make room, give another --row_cache, or none"
             ) from error
