@@ -156,6 +156,20 @@ def test_resume_goes_on_to_the_bit_wherever_it_was_cut(learn, tmp_path, steps_ta
         assert not (tmp_path / "adapters/on" / PARTIAL).exists()
 
 
+def test_resume_in_a_later_epoch_meets_the_rows_that_it_would_have_met(learn, tmp_path, steps_taken):
+    """Grouped by length: transformers' own sampler draws from torch's generator, which is elsewhere by then."""
+    flags = ("--train_sampling_strategy", "group_by_length", "--per_device_train_batch_size", 16)
+    whole = learn("whole", *flags)
+    shutil.copytree("adapters/whole", "adapters/on")
+    cut("on", tmp_path)
+    flip(tmp_path / "adapters/on/checkpoint-8/optimizer.pt")
+    steps_taken.clear()
+    record = learn("on", *flags, "--resume")
+    epoch = next(entry["epoch"] for entry in record["history"] if entry["step"] == 6)
+    assert steps_taken == [6, 7] and epoch > 1 and epoch % 1  # in the middle of a later one
+    assert record["metrics"] == whole["metrics"] and same("whole", "on")
+
+
 def test_resume_begins_where_there_is_nothing_and_refuses_what_is_not_the_same_run(learn, tmp_path, capsys):
     learn("r", "--resume")
     assert "adapters/r: no whole checkpoint; beginning at the beginning" in capsys.readouterr().out

@@ -253,10 +253,12 @@ def test_a_run_takes_the_memory_that_was_planned(tmp_path):
 def test_answering_counts_samples_and_labels(tiny_encoder):
     run = arguments(tiny_encoder, "--adapter_name", "bh-peft", "--plan", "--eval_batch_size", 8, "--labels", "a", "b")
     plan = Plan(run)
-    once = plan.answering(Layout("no"), 8)
+    once = plan.answering(Layout("no"), 400)
     run.data.posterior_samples = 10
-    ten = Plan(run).answering(Layout("no"), 8)
-    assert 8 < ten.peak / once.peak < 12 and 9 < ten.flops / once.flops < 11
+    ten, sharded = (Plan(run).answering(Layout("no", stage=stage), 400) for stage in (0, 3))
+    assert 0.8 < ten.peak / once.peak < 1.3  # passes of no more tokens than a batch has
+    assert 8 < sharded.peak / once.peak < 12  # all in one
+    assert all(9 < samples.flops / once.flops < 11 for samples in (ten, sharded))
 
 
 def test_a_tuned_prompt_is_planned(tiny_model):
