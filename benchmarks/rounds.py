@@ -23,7 +23,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -35,7 +34,7 @@ import numpy as np  # noqa: E402
 
 import parameter_efficient_fine_tuning as trainer_script  # noqa: E402
 from benchmarks.slices import write_slices  # noqa: E402
-from benchmarks.uncertainty import BH_PEFT, COMMON  # noqa: E402
+from benchmarks.uncertainty import BH_PEFT, COMMON, precision_of_its_own  # noqa: E402
 from benchmarks.uncertainty_table import aligned, t_interval  # noqa: E402
 from bhpeft.environment import hardware, library_versions  # noqa: E402
 from bhpeft.errors import InputError, run_main  # noqa: E402
@@ -92,8 +91,8 @@ def run(method: str, seed: int, slices: Path, flags: argparse.Namespace) -> dict
     tested = "validation.csv" if flags.tune_on_validation else "dev.csv"
     settings |= {"dataset_name": slices / "train.csv", "test_file": slices / tested, "seed": seed, "data_seed": seed}
     settings |= {"base_model": flags.base_model, "labels": ["negative", "positive"], "disable_tqdm": True}
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the run before left its own
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet, precision_of_its_own():
         settings |= {"run_name": "run", "results_dir": f"{folder}/results", "output_dir": f"{folder}/adapter"}
         words = []
         for key, value in settings.items():

@@ -28,6 +28,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,7 @@ from bhpeft.environment import hardware, library_versions  # noqa: E402
 from bhpeft.errors import InputError, run_main  # noqa: E402
 from bhpeft.files import write_atomic  # noqa: E402
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 SAMPLES = 10  # of the posterior, of dropout
 # What every run has in common, and what depends on how many rows there are to train on.
 COMMON = {
@@ -89,6 +91,18 @@ def epochs_of(train_rows: int | None) -> float:
     return EPOCHS.get(rows, max(1, min(20, 20_000 / rows)))
 
 
+@contextlib.contextmanager
+def precision_of_its_own() -> Iterator[None]:
+    """The environment's precision, which a run sets for its whole process, is what it was afterwards."""
+    before = os.environ.pop(PRECISION, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(PRECISION, None)
+        if before is not None:
+            os.environ[PRECISION] = before
+
+
 class Bench:
     """Runs methods, keeping adapters and slices in one folder so that methods of equal training share it.
 
@@ -113,7 +127,6 @@ class Bench:
     def run_trainer(self, name: str, seed: int, settings: dict) -> tuple[dict, Path]:
         """One run of the trainer; its record, and the folder of its predictions."""
         results = self.folder / "results" / name
-        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the run before left its own
         settings |= {"base_model": self.flags.base_model, "labels": ["negative", "positive"], "seed": seed}
         settings |= {"run_name": "run", "results_dir": results, "overwrite": True, "disable_tqdm": True}
         settings |= {"per_device_eval_batch_size": 32}
@@ -121,7 +134,7 @@ class Bench:
         for key, value in settings.items():
             words += [f"--{key}", *(value if isinstance(value, list) else [value])]
         out = io.StringIO()
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(out), precision_of_its_own():
             record = trainer_script.main([str(word) for word in words])
         return record, results / "predictions"
 
