@@ -45,7 +45,7 @@ ROUNDS = [10 * 2**i for i in range(10)]
 SMOKE = {"rounds": [8, 16], "validation_rows": 16, "test_rows": 32, "epochs": 1, "steps": 2}
 ADAPTER = {
     **{name: value for name, value in BH_PEFT.items() if name != "feature_distance"},
-    "num_train_epochs": 3, "min_round_steps": 100, "max_known_samples": 200, "predict_by": "score",
+    "num_train_epochs": 3, "min_round_steps": 100, "max_known_samples": 200,
 }  # fmt: skip
 METHODS = {
     "weights": {"carry": "weights"},

@@ -46,22 +46,6 @@ def _square(*tensors: torch.Tensor) -> torch.Tensor:
     return sum(torch.dot(tensor, tensor) for tensor in flat)
 
 
-class _GaussianKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mu, g, prior_mu, prior_sigma):
-        kl, by_mu, by_g = _kl_and_gradient(mu, g, prior_mu, prior_sigma)
-        ctx.save_for_backward(by_mu, by_g)
-        square = _square(by_mu, by_g)
-        ctx.mark_non_differentiable(square)
-        return kl, square
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient, _):
-        by_mu, by_g = ctx.saved_tensors
-        return gradient * by_mu, gradient * by_g, None, None
-
-
 class _Flipout(torch.autograd.Function):
     """y = x mu^T + ((x * s) V^T) * r with V = sigma * eps, and the KL; with D = dL/dy, in closed form
 
@@ -113,20 +97,6 @@ class _Flipout(torch.autograd.Function):
             by_mu = by_kl * kl_by_mu if by_mu is None else by_mu + by_kl * kl_by_mu
             by_g = by_kl * kl_by_g if by_g is None else by_g + by_kl * kl_by_g
         return by_x, by_mu, by_g, None, None
-
-
-def gaussian_kl(
-    mu: torch.Tensor, g: torch.Tensor, prior_mu: torch.Tensor, prior_sigma: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(N(mu, g^4) || N(prior_mu, prior_sigma^2)) summed over all entries, in nats, in closed form.
-
-    Args:
-        mu, g, prior_mu, prior_sigma: tensors of one shape; sigma = g^2.
-
-    Returns:
-        The KL, a scalar with a gradient by mu and g; and the square of that gradient's norm, a scalar without one.
-    """
-    return _GaussianKL.apply(mu, g, prior_mu, prior_sigma)
 
 
 class PointLinear(nn.Module):
