@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from bhpeft.environment import DTYPES
 from bhpeft.errors import InputError
+from bhpeft.frozen_linear import use_onednn
 
 HEADS = {
     "classification": AutoModelForSequenceClassification,
@@ -307,6 +308,7 @@ def _load(
             # evaluation mode and notes so in the quantisation state. Under ZeRO-3 the repacked copy is freed after the
             # forward and the shard comes back in the old layout: silently wrong from then on. (modules.py, forward)
             layer.support_avx512bf16_for_cpu = False
+    use_onednn(model)
     if is_deepspeed_zero3_enabled() and not in_4bit and not is_sharded(model):
         raise RuntimeError(f"{name}: ZeRO-3 is on, yet its weights are whole; is zero3_init_flag true?")
     return model, info

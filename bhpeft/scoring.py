@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from bhpeft.adapters import posterior_noise
+from bhpeft.adapters import drawn_noise, posterior_noise
 from bhpeft.adapters.posterior import sampled
 from bhpeft.prediction import label_log_likelihoods
 from bhpeft.tasks.encoding import Collator
@@ -36,11 +36,11 @@ def score(
     collate, device = Collator(pad_token_id), next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)  # texts of like length
     step = max(1, batch_size // max(samples, 1))
-    parts = []
+    noise, parts = drawn_noise(model, samples, seed) if samples else None, []
     for start in range(0, len(rows), step):
         batch = collate([rows[i] for i in order[start : start + step]])
         batch = {name: value.to(device) for name, value in batch.items() if name != "index"}
-        with torch.no_grad(), posterior_noise(model, samples, seed) if samples else nullcontext():
+        with torch.no_grad(), posterior_noise(model, samples, noise=noise) if samples else nullcontext():
             found = sampled(partial(_scores, model), batch, samples) if samples else _scores(model, batch)[None]
         parts.append(found.float().cpu().numpy().astype(np.float64))
     together = np.concatenate(parts, axis=1)

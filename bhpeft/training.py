@@ -24,7 +24,7 @@ from bhpeft.adapters.bh_peft import (
     nll_gradient_norm,
 )
 from bhpeft.adapters.carry import Anchor
-from bhpeft.adapters.posterior import posterior_noise, sampled
+from bhpeft.adapters.posterior import drawn_noise, posterior_noise, sampled
 from bhpeft.checkpoints import PARTIAL, STATE, keep_last, move_into, seal, writing
 from bhpeft.feature_distance import FeatureDistance, mean_features
 from bhpeft.labelled_logits import at_labels, takes_positions, virtual_tokens_of
@@ -72,6 +72,7 @@ class AdapterTrainer(Trainer):
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._weights: int | None = None
         self._gathers_features = False
+        self._noise: list[torch.Tensor] | None = None  # of the posterior samples, while rows are answered
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._scale: torch.Tensor | None = None  # what the loss is multiplied by before its gradient is taken
         self._parts = 1  # of how many micro-steps a step's loss is the sum
@@ -211,7 +212,9 @@ class AdapterTrainer(Trainer):
     ) -> torch.Tensor:
         """(B, S, C) scores under S weights (the same for every batch and rank) or S masks of dropout."""
         if count := self.posterior_samples:
-            with posterior_noise(self.model, count, seed=self.args.seed):
+            if self._noise is None:
+                self._noise = drawn_noise(self.model, count, self.args.seed)
+            with posterior_noise(self.model, count, noise=self._noise):
                 return sampled(lambda part: self._scores(model, part), inputs, count).transpose(0, 1).contiguous()
         count = self.mc_dropout_samples
         with dropout_noise(self.model, batch_seed(self.args.seed, index)):
@@ -242,7 +245,10 @@ class AdapterTrainer(Trainer):
     def _in_order(self, rows: Sequence[dict]) -> list[np.ndarray]:
         """What `prediction_step` gives for rows to answer, gathered: ranks take equal numbers of rows, so some rows are
         answered twice, and rows of like length together; the index, which comes first, puts each in its place once."""
-        index, *found = self.predict(rows).predictions
+        try:
+            index, *found = self.predict(rows).predictions
+        finally:
+            self._noise = None
         _, first = np.unique(index, return_index=True)
         if len(first) != len(rows):
             raise RuntimeError(f"{len(first)} of {len(rows)} test rows were answered")

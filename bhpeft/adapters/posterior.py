@@ -15,12 +15,33 @@ TOKENS = 4096  # of a pass, where the batch itself has fewer
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs whose last axis is the tokens'
 
 
+def drawn_noise(model: nn.Module, samples: int, seed: int = 0) -> list[torch.Tensor]:
+    """Standard normal noise of S posterior samples: a (samples, out, in) tensor on the CPU for each Gaussian matrix.
+
+    It depends on the seed alone, so every rank draws the same weights.
+
+    Raises:
+        ValueError: the model has no Gaussian matrix.
+    """
+    layers = gaussian_layers(model)
+    if not layers:
+        raise ValueError("no Gaussian weights to sample; train with --bayesian down or all")
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(samples, layer.out_features, layer.in_features, generator=generator) for layer in layers]
+
+
 @contextlib.contextmanager
-def posterior_noise(model: nn.Module, samples: int, seed: int = 0) -> Iterator[list[torch.Tensor]]:
+def posterior_noise(
+    model: nn.Module, samples: int, seed: int = 0, noise: list[torch.Tensor] | None = None
+) -> Iterator[list[torch.Tensor]]:
     """Within the block, every Gaussian matrix uses `samples` drawn weights in place of its mean.
 
     Rows of a batch come sample by sample: row i uses weight i // (rows / samples). The model must be in evaluation
-    mode. The noise depends on the seed alone, so every rank draws the same weights.
+    mode.
+
+    Args:
+        noise: what `drawn_noise` gave for these samples and this seed, to be drawn once for many batches: for one
+            short text it takes a good part of a pass's time.
 
     Yields:
         The noise, one (samples, out, in) tensor a Gaussian matrix.
@@ -28,16 +49,13 @@ def posterior_noise(model: nn.Module, samples: int, seed: int = 0) -> Iterator[l
     Raises:
         ValueError: the model has no Gaussian matrix, or is in training mode.
     """
-    layers = gaussian_layers(model)
-    if not layers:
-        raise ValueError("no Gaussian weights to sample; train with --bayesian down or all")
     if model.training:
         raise ValueError("posterior samples are drawn in evaluation mode; call model.eval() first")
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers:
-        layer.eps = torch.randn(samples, layer.out_features, layer.in_features, generator=generator)
+    layers, noise = gaussian_layers(model), noise or drawn_noise(model, samples, seed)
+    for layer, eps in zip(layers, noise, strict=True):
+        layer.eps = eps
     try:
-        yield [layer.eps for layer in layers]
+        yield noise
     finally:
         for layer in layers:
             layer.eps = None
