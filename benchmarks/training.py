@@ -59,6 +59,7 @@ LABELS = {
     "stock, padded": {"ours": False, "padded": True, "steps": 3, **RANDOM},
     "ours": {"ours": True, "adapter": LORA, **RANDOM},
     "ours, grouped": {"ours": True, "adapter": LORA, **GROUPED},
+    "ours, checkpointed": {"ours": True, "adapter": LORA, "gradient_checkpointing": True, **RANDOM},
     "ours, bf16": {"ours": True, "adapter": LORA, "bf16": True, **GROUPED},
 }
 PARTS = {  # part: (methods, rival, batch, timed steps)
@@ -183,8 +184,7 @@ def own_trainer(task: dict, folder: Path, steps: int):
     }  # fmt: skip
     if task["part"] == "labels":
         settings["prompt_template"] = TEMPLATE.replace("{text}", "{text_input}")
-    if task.get("bf16"):
-        settings["bf16"] = True
+    settings |= {name: True for name in ("bf16", "gradient_checkpointing") if task.get(name)}
     words = []
     for name, value in settings.items():
         words += [f"--{name}", *(value if isinstance(value, list) else [value])]

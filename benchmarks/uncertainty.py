@@ -55,9 +55,9 @@ EPOCHS = {1000: 20}  # by rows; others: see `epochs_of`
 DISTANCE = {"feature_distance": True}  # of the frozen base: the same for all methods, so measured with some of them
 LORA = {"adapter_name": "lora", "lora_rank": 8, "learning_rate": 1e-3, **DISTANCE}
 BH_PEFT = {
-    "adapter_name": "bh-peft", "learning_rate": 2e-3, "prefix_length": 10, "prefix_bottleneck_size": 2,
+    "adapter_name": "bh-peft", "learning_rate": 1e-3, "prefix_length": 10, "prefix_bottleneck_size": 2,
     "lora_rank": 4, "lora_alpha": 16, "bn_reduction_factor": 32, "adapter_scaling": 1,
-    "kl_weight": 0.1, "initial_sigma": 0.03,  # chosen on whole sentences of the training data (seed 0)
+    "kl_weight": 0.1, "initial_sigma": 0.03,  # chosen on whole sentences of the training data
     **DISTANCE,
 }  # fmt: skip
 POSTERIOR = {"posterior_samples": SAMPLES}
