@@ -167,10 +167,10 @@ def keep_freed_memory() -> None:
     """Let glibc keep up to `KEPT` bytes that a step frees for the next one, where it would give them back.
 
     By default it maps what is larger than 128 KiB anew and hands the heap's free end back, so that activations of a few
-    MB are paged in afresh in every step: up to a tenth of a small model's time on a CPU. Blocks above `MAPPED` are still
-    mapped: between batches of many lengths the holes they leave in the heap cost more than their pages, a tenth of the
-    peak memory of a model of 76 M against a twentieth of its time. What the user's environment
-    says (MALLOC_..., another allocator) stands. Without glibc nothing is done.
+    MB are paged in afresh in every step: up to a tenth of a small model's time on a CPU. Blocks above `MAPPED` are
+    mapped all the same: between batches of many lengths the holes they leave in the heap cost more than their pages, a
+    tenth of the peak memory of a model of 76 M against a twentieth of its time. What the user's environment says
+    (MALLOC_..., another allocator) stands. Without glibc nothing is done.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return

@@ -3,12 +3,15 @@
 Of a causal model with V tokens in its vocabulary, the logits of (B, L) tokens are B L V numbers, several times over: as
 computed, in float32 for the loss, and their gradient. With V = 50,000 that is more than all layers together. Where
 labels stand at the end of each row, all but a few of them are thrown away. transformers' `logits_to_keep` names the
-positions to compute, the same for all rows of a batch, and `shift_labels` what each of them foresees.
+positions to compute, the same for all rows of a batch, and `shift_labels` what each foresees (`at_labels`). Where rows
+end at different places, most of those have no label still: the output matrix gets the rest (`labelled_alone`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -42,3 +45,30 @@ def at_labels(batch: dict[str, torch.Tensor], virtual_tokens: int = 0) -> dict[s
     if not len(places):
         return batch
     return {**batch, "logits_to_keep": places + virtual_tokens, "shift_labels": following[:, places].contiguous()}
+
+
+@contextlib.contextmanager
+def labelled_alone(model: nn.Module, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the block the model's output matrix multiplies nothing but the N positions that foresee a label.
+
+    Args:
+        batch: as of `at_labels`.
+
+    Yields:
+        The batch with `shift_labels` (1, N), whose loss is the same; the logits that come with it are (1, N, V).
+    """
+    labels = batch.get("shift_labels")
+    if labels is None:
+        yield batch
+        return
+    places = (labels.flatten() != IGNORED).nonzero()[:, 0]
+
+    def choose(module: nn.Module, args: tuple) -> tuple:
+        return (args[0].flatten(0, 1)[places][None], *args[1:])  # (B, K, H) -> (1, N, H)
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = base.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield {**batch, "shift_labels": labels.flatten()[places][None]}
+    finally:
+        hook.remove()

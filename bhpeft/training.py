@@ -27,7 +27,7 @@ from bhpeft.adapters.carry import Anchor
 from bhpeft.adapters.posterior import drawn_noise, posterior_noise, sampled
 from bhpeft.checkpoints import PARTIAL, STATE, keep_last, move_into, seal, writing
 from bhpeft.feature_distance import FeatureDistance, mean_features
-from bhpeft.labelled_logits import at_labels, takes_positions, virtual_tokens_of
+from bhpeft.labelled_logits import at_labels, labelled_alone, takes_positions, virtual_tokens_of
 from bhpeft.length_groups import LengthGroups
 from bhpeft.mc_dropout import batch_seed, dropout_noise
 from bhpeft.prediction import Answers, generate, label_log_likelihoods, seeded
@@ -98,7 +98,10 @@ class AdapterTrainer(Trainer):
         """
         if self.keeps_labelled and "labels" in inputs:
             inputs = at_labels(inputs, virtual_tokens_of(self.model)) | {"use_cache": False}
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # A compiled model would keep the hook, and with it the positions, of the first batch.
+        chosen = contextlib.nullcontext(inputs) if self.args.torch_compile else labelled_alone(self.model, inputs)
+        with chosen as inputs:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         kl = kl_divergence(self.gaussian) if model.training else None
         anchor = self.anchor if model.training else None
         if kl is None and anchor is None:

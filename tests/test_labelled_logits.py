@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bhpeft.labelled_logits import at_labels, takes_positions, virtual_tokens_of
+from bhpeft.labelled_logits import at_labels, labelled_alone, takes_positions, virtual_tokens_of
 from bhpeft.tasks.packing import PackingCollator
 
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,9 +62,15 @@ def test_loss_and_gradients_are_those_of_all_logits(kind, adapter):
     assert takes_positions(model) and virtual == (3 if adapter == "prompt-tuning" else 0)
     part, found, kept = loss_and_gradients(model, at_labels(batch, virtual))
     assert kept == 4 and width == 7 + virtual  # positions 2, 3, 4 and 5 foresee a label of some row
-    assert torch.allclose(whole, part, rtol=1e-5)
-    for a, b in zip(gradients, found, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+    with labelled_alone(model, at_labels(batch, virtual)) as chosen:
+        alone, of_these, positions = loss_and_gradients(model, chosen)
+        logits = model(**chosen).logits
+    assert positions == 4 and logits.shape == (1, 4, SHAPE["vocab_size"])  # of 3 rows x 4
+    for loss, others in ((part, found), (alone, of_these)):
+        assert torch.allclose(whole, loss, rtol=1e-5)
+        for a, b in zip(gradients, others, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+    assert model(**batch).logits.shape[1] == width  # nothing is left behind
 
 
 def test_the_sum_over_items_is_the_same_too():
@@ -73,6 +79,8 @@ def test_the_sum_over_items_is_the_same_too():
     items = torch.tensor(11)
     whole = model(**batch, num_items_in_batch=items).loss
     assert torch.allclose(whole, model(**at_labels(batch), num_items_in_batch=items).loss, rtol=1e-5)
+    with labelled_alone(model, at_labels(batch)) as chosen:
+        assert torch.allclose(whole, model(**chosen, num_items_in_batch=items).loss, rtol=1e-5)
 
 
 def test_rows_end_to_end():
@@ -86,3 +94,5 @@ def test_rows_end_to_end():
 def test_a_batch_without_labels_is_left_alone():
     batch = batch_of(ROWS) | {"labels": torch.full((3, 7), -100)}
     assert at_labels(batch) is batch
+    with labelled_alone(model_of("llama", "lora"), batch) as chosen:
+        assert chosen is batch
