@@ -14,7 +14,8 @@ Each figure is of a process of its own: a few steps to warm up, then timed steps
 over; the table gives medians, the ratio to the rival named in the part's head (median of the ratios within one turn),
 the peak of resident memory, and what share of the matrix products per second that the process measures beside it the
 step attains. All methods of a part train on the same rows. Losses are compared where batches are equal.
-Writes results/benchmarks/training.json. --smoke: one turn of few steps, nothing written.
+Writes results/benchmarks/training.json; parts measured before, with the same versions and hardware, stay in it.
+--smoke: one turn of few steps, nothing written.
 """
 
 from __future__ import annotations
@@ -343,7 +344,10 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     from bhpeft.environment import hardware, library_versions
 
-    record: dict = {"parts": {}, "versions": library_versions(), "hardware": hardware(), "threads": flags.threads}
+    place = {"versions": library_versions(), "hardware": hardware(), "threads": flags.threads}
+    before = json.loads(flags.out.read_text()) if flags.out.is_file() else {}
+    same = {name: before.get(name) for name in place} == place
+    record: dict = {"parts": before["parts"] if same else {}, **place}
     for part in parts:
         methods, rival, batch, steps = PARTS[part]
         chosen = {name: methods[name] for name in methods if not flags.methods or name in flags.methods.split(";")}
