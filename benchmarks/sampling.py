@@ -7,13 +7,14 @@ noise reaches the output; the 872 sentences of SST-2's dev, in their order as st
 length; one by one, and in batches of 64; in fp32 and in bf16, both ways alike. "one pass" is at the posterior mean;
 "batched" is how the trainer samples (adapters/posterior.py: sampled); "one by one" a pass a sample under the very same
 noise, whose logits must be the same but for rounding. Prints medians of --repeats turns in milliseconds, and of the
-ratios to one pass within a turn (one by one: of one turn), and writes them to results/benchmarks/sampling.json.
---smoke: one turn, nothing written.
+ratios to one pass within a turn (one by one: of one turn), and writes them to results/benchmarks/sampling.json
+and a plot beside it. --smoke: one turn, nothing written.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import statistics
@@ -156,6 +157,26 @@ def load(base_model: str, bayesian: str, precision: str) -> tuple[PreTrainedToke
     return tokenizer, model
 
 
+def draw(found: dict[str, dict]) -> bytes:
+    """Time of all samples over that of one pass, drawn in one pass and one by one, PNG."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(7, 0.5 * len(found) + 1), layout="constrained")
+    axes = canvas.subplots()
+    for way, colour, shift in (("batched", "#2f6f9f", -0.2), ("sequential", "#9aa5b1", 0.2)):
+        places = [place + shift for place in range(len(found))]
+        label = {"batched": "together", "sequential": "one by one"}[way]
+        axes.barh(places, [row[f"{way}_ratio"] for row in found.values()], 0.4, color=colour, label=label)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set(xlabel="time of all samples, in passes at the posterior mean")
+    axes.grid(axis="x", color="0.9")
+    axes.legend(frameon=False)
+    png = io.BytesIO()
+    canvas.savefig(png, format="png", dpi=120, metadata={"Software": None})
+    return png.getvalue()
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", required=True, help="encoder, e.g. the folder of all-MiniLM-L6-v2")
@@ -200,6 +221,7 @@ def main(argv: list[str] | None = None) -> dict:
     record = {**found, "settings": settings, "versions": library_versions(), "hardware": hardware()}
     if not flags.smoke:
         write_atomic(flags.out, json.dumps(record, indent=2) + "\n")
+        write_atomic(flags.out.with_suffix(".png"), draw(found))
         print(f"written: {flags.out}")
     return record
 
