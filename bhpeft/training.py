@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -98,9 +98,10 @@ class AdapterTrainer(Trainer):
         """
         if self.keeps_labelled and "labels" in inputs:
             inputs = at_labels(inputs, virtual_tokens_of(self.model)) | {"use_cache": False}
-        # A compiled model would keep the hook, and with it the positions, of the first batch.
-        chosen = contextlib.nullcontext(inputs) if self.args.torch_compile else labelled_alone(self.model, inputs)
-        with chosen as inputs:
+        # Compiled, by --torch_compile or by accelerate's own configuration, the model would be so anew for each number of
+        # labelled positions.
+        compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        with contextlib.nullcontext(inputs) if compiled else labelled_alone(self.model, inputs) as inputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         kl = kl_divergence(self.gaussian) if model.training else None
         anchor = self.anchor if model.training else None
