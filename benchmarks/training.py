@@ -61,7 +61,7 @@ LABELS = {
     "ours": {"ours": True, "adapter": LORA, **RANDOM},
     "ours, grouped": {"ours": True, "adapter": LORA, **GROUPED},
     "ours, checkpointed": {"ours": True, "adapter": LORA, "gradient_checkpointing": True, **RANDOM},
-    "ours, bf16": {"ours": True, "adapter": LORA, "bf16": True, **GROUPED},
+    "ours, bf16": {"ours": True, "adapter": LORA, "bf16": True, **RANDOM},
 }
 PARTS = {  # part: (methods, rival, batch, timed steps)
     "encoder-8": (ENCODER, "stock, grouped", 8, 30),
@@ -344,7 +344,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     from bhpeft.environment import hardware, library_versions
 
-    place = {"versions": library_versions(), "hardware": hardware(), "threads": flags.threads}
+    cpu = next((line for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown").split(":")[-1]
+    place = {"versions": library_versions(), "hardware": hardware(), "cpu": cpu.strip(), "threads": flags.threads}
     before = json.loads(flags.out.read_text()) if flags.out.is_file() else {}
     same = {name: before.get(name) for name in place} == place
     record: dict = {"parts": before["parts"] if same else {}, **place}

@@ -96,10 +96,10 @@ class AdapterTrainer(Trainer):
 
         With `kl_weight` 1 this is the negative ELBO per row (Blundell et al. 2015, equation 8, spread over batches).
         """
-        if self.keeps_labelled and "labels" in inputs:
+        if self.keeps_labelled and "labels" in inputs and self.label_smoother is None:  # it wants logits as labels lie
             inputs = at_labels(inputs, virtual_tokens_of(self.model)) | {"use_cache": False}
-        # Compiled, by --torch_compile or by accelerate's own configuration, the model would be so anew for each number of
-        # labelled positions.
+        # Compiled, by --torch_compile or by accelerate's own configuration, the model would be so anew for each number
+        # of labelled positions.
         compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         with contextlib.nullcontext(inputs) if compiled else labelled_alone(self.model, inputs) as inputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -19,7 +19,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from bhpeft.adapters import BhPeftConfig, kl_divergence, posterior, posterior_noise, posterior_samples
+from bhpeft.adapters import BhPeftConfig, drawn_noise, kl_divergence, posterior, posterior_noise, posterior_samples
 from bhpeft.adapters.bh_peft import PRESETS, gaussian_layers
 from bhpeft.adapters.gaussian import GaussianLinear, _kl_and_gradient
 from bhpeft.adapters.posterior import TOKENS, passes
@@ -390,6 +390,15 @@ def test_samples_in_one_pass_equal_samples_one_by_one(kind, bayesian):
     with torch.no_grad():
         mean = model(**inputs).logits
         assert torch.equal(mean, model(**inputs).logits)  # without samples: the posterior mean
+
+
+def test_noise_of_other_samples_is_refused():
+    model = adapted(base_of("llama"))
+    with (
+        pytest.raises(ValueError, match="noise of 4 samples, yet 8"),
+        posterior_noise(model, 8, noise=drawn_noise(model, 4)),
+    ):
+        pass
 
 
 def test_sampling_says_why_it_cannot():

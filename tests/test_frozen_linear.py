@@ -138,3 +138,16 @@ def test_a_whole_model_computes_the_same(kind):
     assert found[0][2] == 0 < found[1][2]
     for value, right in zip(found[1][:2], found[0][:2], strict=True):
         torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5 * max(1, right.abs().max().item()))
+
+
+def test_a_compiled_model_takes_the_stock_product():
+    stock, ours = pair(FrozenLinear)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    x = torch.randn(16, 24)
+    assert torch.equal(torch.compile(ours, backend=backend)(x), stock(x))
+    assert seen and not any("mkldnn" in name or "_Product" in name for name in seen)

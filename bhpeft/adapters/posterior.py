@@ -47,11 +47,14 @@ def posterior_noise(
         The noise, one (samples, out, in) tensor a Gaussian matrix.
 
     Raises:
-        ValueError: the model has no Gaussian matrix, or is in training mode.
+        ValueError: the model has no Gaussian matrix, or is in training mode; or the noise is of other samples.
     """
     if model.training:
         raise ValueError("posterior samples are drawn in evaluation mode; call model.eval() first")
-    layers, noise = gaussian_layers(model), noise or drawn_noise(model, samples, seed)
+    layers = gaussian_layers(model)
+    noise = drawn_noise(model, samples, seed) if noise is None else noise
+    if any(len(eps) != samples for eps in noise):
+        raise ValueError(f"noise of {len(noise[0])} samples, yet {samples} are asked for")
     for layer, eps in zip(layers, noise, strict=True):
         layer.eps = eps
     try:
