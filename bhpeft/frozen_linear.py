@@ -9,15 +9,24 @@ frozen, the backward pass is one product: dL/dx = D W.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 LEAST_TOKENS = 8  # below, MKL's are as fast
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch's counters of operations do not know it
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _operations(x_shape, weight_shape, *rest, out_shape=None, **named) -> int:
+        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 class _Product(torch.autograd.Function):
@@ -25,13 +34,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(weight)
+        ctx.weight = weight  # frozen: not saved as a tensor, which checkpointing would compute the product again for
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, by_y):
-        (weight,) = ctx.saved_tensors
-        return _Product.apply(by_y.contiguous(), weight.t(), None), None, None
+        return _Product.apply(by_y.contiguous(), ctx.weight.t(), None), None, None
 
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
