@@ -5,11 +5,14 @@
 
     rates                 matrix products in fp16 and bf16, host to GPU from pinned and from pageable memory
     zero3-fp16, -bf16     ZeRO-3 with offload as ds_zero3_cpu.yaml has it, LLaMA-2-13B shape, LoRA on a frozen base
-    zero3-bf16-tuned      the same with pinned host weights, no bucket for gradients that do not exist, longer prefetch
+    zero3-bf16-tuned      the same with pinned host weights, a small bucket for the adapter's gradients, longer
+                          prefetch, fewer parameters kept
     qlora-13b, lora-13b   the same shape whole on the GPU: NF4, and bf16
     bh-peft               BH-PEFT against LoRA, on the shape of a model of 1.1 B
     sampling              ten posterior samples in one pass against one deterministic pass
     stock                 our trainer against stock Trainer + peft, on rows of unequal length
+
+    knobs                 not by default: zero3-bf16, and each of these alone (KNOBS in gpu_parts.py)
 
 Weights are random, for neither memory nor time depends on their values. Each part is a process of its own with a limit
 of time, so that one that fails, or finds a library missing, does not take the rest. Prints a table and writes
@@ -30,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_parts import PARTS, settings_of  # noqa: E402
+from benchmarks.gpu_parts import KNOB_PARTS, PARTS, settings_of  # noqa: E402
 from bhpeft.errors import InputError, run_main  # noqa: E402
 from bhpeft.files import write_atomic  # noqa: E402
 
@@ -85,7 +88,7 @@ def attempt(part, settings, rates: dict | None) -> dict:
 
 def run_here(name: str, smoke: bool, rates: dict | None, out: Path) -> None:
     """The inside of a part's process, which ends with it."""
-    write_atomic(out, json.dumps(attempt(PARTS[name], settings_of(smoke), rates)))
+    write_atomic(out, json.dumps(attempt({**PARTS, **KNOB_PARTS}[name], settings_of(smoke), rates)))
     os._exit(0)  # DeepSpeed's process group would wait for a farewell of nobody
 
 
@@ -113,9 +116,10 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.run_part:
         return run_here(flags.run_part, flags.smoke, flags.rates, flags.out)
-    names = flags.parts.split(",")
-    if set(names) - set(PARTS):
-        raise InputError(f"--parts {flags.parts}: must be of {', '.join(PARTS)}")
+    parts = {**PARTS, **KNOB_PARTS}
+    names = flags.parts.replace("knobs", ",".join(["zero3-bf16", *KNOB_PARTS])).split(",")
+    if set(names) - set(parts):
+        raise InputError(f"--parts {flags.parts}: must be of {', '.join([*PARTS, 'knobs'])}")
     out = flags.out or (None if flags.smoke else ROOT / "results/benchmarks/gpu.json")
     found, started = {}, time.perf_counter()
     for name in names:
@@ -123,7 +127,7 @@ def main() -> None:
         if left < 10:
             found[name] = {"failed": "no time left"}
             continue
-        limit = left if flags.smoke else min(left, PARTS[name].limit)  # a slow machine may compile for minutes
+        limit = left if flags.smoke else min(left, parts[name].limit)  # a slow machine may compile for minutes
         found[name] = run_part(name, flags.smoke, limit, found.get("rates"))
         print(table({name: found[name]}), flush=True)
         if out:

@@ -76,20 +76,29 @@ def rates(settings: Settings, _) -> dict:
     return found | {"link_pageable_gbps": pageable.numel() / seconds / 1e9}
 
 
-def zero3(precision: str, tuned: bool = False):
-    """A part that trains LoRA on the large shape, sharded and offloaded."""
+# What a frozen base asks of ZeRO-3 with offload. Only the adapter has gradients, so their bucket may be small; the turn
+# from forward to backward reuses little.
+KNOBS = {
+    "pin": {"pin_memory": True},
+    "bucket": {"reduce_bucket_size": 5 * 10**6},
+    "prefetch": {"stage3_prefetch_bucket_size": 2 * 10**8},
+    "live": {"stage3_max_live_parameters": 6 * 10**8, "stage3_max_reuse_distance": 3 * 10**8},
+    "persistence": {"stage3_param_persistence_threshold": 10**6},
+}
+TUNED = ("pin", "bucket", "prefetch", "live")
+
+
+def zero3(precision: str, knobs: tuple[str, ...] = ()):
+    """A part that trains LoRA on the large shape, sharded and offloaded, with these of `KNOBS` turned."""
 
     def part(settings: Settings, measured: dict | None) -> dict:
         import deepspeed  # noqa: F401 - named here, so that its absence is said
 
         on_gpu = settings.device == "cuda"
         used = precision if on_gpu else "no"  # what the launcher arranges on a CPU, TrainingArguments refuse there
-        offload = {"device": "cpu", "pin_memory": tuned and on_gpu}
-        zero = {"stage": 3, "offload_param": offload, "offload_optimizer": offload}
-        if tuned:
-            # Only the adapter has gradients, and the turn from forward to backward reuses little.
-            zero |= {"reduce_bucket_size": 5 * 10**6, "stage3_prefetch_bucket_size": 2 * 10**8}
-            zero |= {"stage3_max_live_parameters": 6 * 10**8, "stage3_max_reuse_distance": 3 * 10**8}
+        turned = {name: value for knob in knobs for name, value in KNOBS[knob].items()}
+        offload = {"device": "cpu", "pin_memory": turned.pop("pin_memory", False) and on_gpu}
+        zero = {"stage": 3, "offload_param": offload, "offload_optimizer": offload, **turned}
         config = {
             "zero_optimization": zero, "gradient_clipping": 1.0,
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
@@ -337,10 +346,11 @@ PARTS = {
     "rates": Part(rates, 40),
     "zero3-bf16": Part(zero3("bf16"), 130),
     "zero3-fp16": Part(zero3("fp16"), 100),
-    "zero3-bf16-tuned": Part(zero3("bf16", tuned=True), 100),
+    "zero3-bf16-tuned": Part(zero3("bf16", TUNED), 100),
     "qlora-13b": Part(whole(in_4bit=True), 80),
     "lora-13b": Part(whole(in_4bit=False), 60),
     "bh-peft": Part(bh_peft, 50),
     "sampling": Part(sampling, 40),
     "stock": Part(stock, 60),
 }
+KNOB_PARTS = {f"zero3-bf16-{knob}": Part(zero3("bf16", (knob,)), 100) for knob in KNOBS}

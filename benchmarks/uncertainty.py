@@ -29,6 +29,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,8 +227,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/uncertainty_ROWS.json")
     parser.add_argument("--work_folder", type=Path, help="where adapters and slices are kept (default: nowhere)")
     parser.add_argument("--again", action="store_true", help="repeat runs that the output file holds already")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
+    if flags.jobs < 1:
+        raise InputError(f"--jobs {flags.jobs}: must be at least 1")
     unknown = set(flags.methods.split(",")) - set(SETTINGS)
     if unknown:
         raise InputError(f"--methods {', '.join(sorted(unknown))}: must be of {', '.join(SETTINGS)}")
@@ -265,6 +270,34 @@ def holds(run: dict, wanted: dict) -> bool:
     return all(name in run and run[name] == value for name, value in wanted.items())
 
 
+def run_together(flags: argparse.Namespace, folder: Path, seed: int, methods: list[str]) -> list[tuple[str, dict]]:
+    """Methods that share their training, one after another: each with its figures."""
+    bench, found = Bench(flags, folder), []
+    for method in methods:
+        print(f"{method}, seed {seed} ...", file=sys.stderr, flush=True)
+        found.append((method, bench.run(method, seed)))
+    return found
+
+
+def in_parts(flags: argparse.Namespace, folder: Path, missing: list[tuple[int, str]]) -> Iterator[tuple]:
+    """(seed, method, figures) of each missing run as it ends, `--jobs` groups of equal training at a time."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for seed, method in missing:
+        groups.setdefault((seed, json.dumps(SETTINGS[method]["train"], sort_keys=True)), []).append(method)
+    if flags.jobs == 1:
+        for (seed, _), methods in groups.items():
+            yield from ((seed, *found) for found in run_together(flags, folder, seed, methods))
+        return
+    for seed in {seed for seed, _ in groups}:
+        Bench(flags, folder).slices(seed)
+    # Begun anew, so that they take this number of threads, which torch reads when it is loaded.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // flags.jobs))
+    with ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
+        tasks = {pool.submit(run_together, flags, folder, seed, group): seed for (seed, _), group in groups.items()}
+        for task in as_completed(tasks):
+            yield from ((tasks[task], *found) for found in task.result())
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run what is missing; return the record that is written."""
     flags = parse_arguments(argv)
@@ -272,21 +305,20 @@ def main(argv: list[str] | None = None) -> dict:
     record: dict = json.loads(flags.out.read_text()) if flags.out.is_file() else {"runs": []}
     runs, rows = record["runs"], slice_of(flags)
 
+    def wanted(seed: int, method: str) -> dict:
+        return {"method": method, "seed": seed, **rows, **settings_of(method, flags)}
+
+    def known(seed: int, method: str) -> bool:
+        return not flags.again and any(holds(run, wanted(seed, method)) for run in runs)
+
+    missing = [(seed, method) for seed in seeds for method in methods if not known(seed, method)]
     with contextlib.ExitStack() as stack:
         folder = flags.work_folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        bench = Bench(flags, folder)
-        for seed in seeds:
-            for method in methods:
-                place = {"method": method, "seed": seed, **rows}
-                wanted = {**place, **settings_of(method, flags)}
-                if not flags.again and any(holds(run, wanted) for run in runs):
-                    continue
-                print(f"{method}, seed {seed} ...", file=sys.stderr, flush=True)
-                found = bench.run(method, seed)
-                runs[:] = [run for run in runs if not holds(run, place)]
-                runs.append({**wanted, **found})
-                record = {"runs": runs, "versions": library_versions(), "hardware": hardware()}
-                write_atomic(flags.out, json.dumps(record, indent=1) + "\n")
+        for seed, method, found in in_parts(flags, folder, missing):
+            runs[:] = [run for run in runs if not holds(run, {"method": method, "seed": seed, **rows})]
+            runs.append({**wanted(seed, method), **found})
+            record = {"runs": runs, "versions": library_versions(), "hardware": hardware()}
+            write_atomic(flags.out, json.dumps(record, indent=1) + "\n")
     shown = [run for run in runs if run["method"] in SETTINGS and holds(run, rows | settings_of(run["method"], flags))]
     print("\n" + tables(shown, list(SETTINGS)))
     draw(flags.out.with_suffix(".png"), shown, list(SETTINGS))

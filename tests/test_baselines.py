@@ -392,6 +392,19 @@ def test_the_benchmark_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_pa
     assert free["method"] == "training-free" and free["measures"]["mutual_information"]
 
 
+def test_two_jobs_find_what_one_finds(little_sst2, tiny_encoder, tmp_path):
+    from benchmarks import uncertainty
+
+    flags = ["--base_model", str(tiny_encoder), "--data_path", str(little_sst2), "--train_rows", "30", "--seeds", "0"]
+    flags += ["--validation_rows", "12", "--methods", "map,map+temperature,mc-dropout"]
+    found = {}
+    for jobs in ("1", "2"):
+        record = uncertainty.main([*flags, "--jobs", jobs, "--out", str(tmp_path / f"{jobs}.json")])
+        found[jobs] = {run["method"]: (run["accuracy"], round(run["nll"], 3)) for run in record["runs"]}
+    assert found["1"] == found["2"] and len(found["1"]) == 3
+    assert found["1"]["map"] != found["1"]["mc-dropout"]
+
+
 def test_the_benchmark_of_rounds_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_path, capsys, monkeypatch):
     from benchmarks import rounds
 

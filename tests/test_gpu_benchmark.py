@@ -35,14 +35,14 @@ def run_forked(name, folder):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", ["qlora-13b", "lora-13b", "zero3-bf16-tuned"])
+@pytest.mark.parametrize("name", ["qlora-13b", "lora-13b", "zero3-bf16-tuned", "zero3-bf16-persistence"])
 def test_training_parts_take_steps_beside_the_plan(name, tmp_path):
     found = run_forked(name, tmp_path)
     assert found["step_seconds"] > 0 and found["samples_per_second"] == pytest.approx(
         settings_of(True).rows / found["step_seconds"], rel=1.0
     )
     assert found["planned_gpu_gib"] > 0
-    if name != "zero3-bf16-tuned":  # that one's precision on a CPU is fp32, whose rate was not measured
+    if not name.startswith("zero3"):  # its precision on a CPU is fp32, whose rate was not measured
         assert found["planned_compute_seconds"] > 0
 
 
