@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from bhpeft.adapters import small
+
 INITIAL_SIGMA = 0.0025  # sigma_0; g starts in (0.035, 0.05), as BLoB's does
 FLOOR = 1e-12  # sigma is kept above it inside the logarithm
 
@@ -57,20 +59,18 @@ class _Flipout(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mu, g, layer, dtype):
+    def forward(ctx, x, mu, g, layer, dtype, signs, eps):
         kl, by_mu, by_g = _kl_and_gradient(mu, g, layer.prior_mu, layer.prior_sigma)
         sigma = g * g
         layer.mean_sigma = sigma.mean(dtype=torch.float32)
         layer.kl_gradient_square = _square(by_mu, by_g)
         layer.nll_gradient_square = None
         weight, taken = mu.to(dtype, copy=True), x.to(dtype)
-        middle = [1] * (x.dim() - 2)
-        signs = _signs(x.shape[0], *middle, sum(mu.shape), like=taken)
+        signs = torch.copysign(signs.new_ones(()), signs).to(dtype).view(len(x), *[1] * (x.dim() - 2), -1)
         s, r = signs.split((mu.shape[1], mu.shape[0]), -1)
-        eps = torch.randn_like(sigma)
         spread, signed = (sigma * eps).to(dtype), taken * s
         y = nn.functional.linear(taken, weight).addcmul_(nn.functional.linear(signed, spread), r)
-        ctx.save_for_backward(taken, signed, s, r, weight, spread, eps.mul_(g).mul_(2), by_mu, by_g)
+        ctx.save_for_backward(taken, signed, s, r, weight, spread, (eps * g).mul_(2), by_mu, by_g)
         ctx.layer, ctx.kinds = layer, (x.dtype, mu.dtype)
         ctx.set_materialize_grads(False)
         return y, kl
@@ -96,7 +96,7 @@ class _Flipout(torch.autograd.Function):
         if by_kl is not None:
             by_mu = by_kl * kl_by_mu if by_mu is None else by_mu + by_kl * kl_by_mu
             by_g = by_kl * kl_by_g if by_g is None else by_g + by_kl * kl_by_g
-        return by_x, by_mu, by_g, None, None
+        return by_x, by_mu, by_g, None, None, None, None
 
 
 class PointLinear(nn.Module):
@@ -112,9 +112,23 @@ class PointLinear(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as peft starts LoRA's A
 
-    def forward(self, x: torch.Tensor, batch: int | None = None) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features); `batch` is taken for `GaussianLinear`'s sake and not used."""
-        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+    def forward(
+        self,
+        x: torch.Tensor,
+        batch: int | None = None,
+        relu: bool = False,
+        scale: float = 1.0,
+        onto: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features), from ReLU(x) if asked for, times `scale`, added to `onto`, whose
+        dtype it then has; `batch` is taken for `GaussianLinear`'s sake and not used."""
+        weight, bias = self.weight, self.bias
+        plain = onto is None or type(onto) is torch.Tensor and onto.dtype in small.KINDS
+        if self.in_features < self.out_features and plain and small.takes(x, weight, bias):
+            dtype = product_dtype(weight) if onto is None else onto.dtype
+            return small.SmallUp.apply(x, weight, bias, onto, relu, scale, dtype)
+        y = nn.functional.linear((x.relu() if relu else x).to(weight.dtype), weight, bias)
+        return _added(y, scale, onto)
 
 
 class GaussianLinear(nn.Module):
@@ -170,7 +184,10 @@ class GaussianLinear(nn.Module):
         if self.training and torch.is_grad_enabled():
             if batch is not None:
                 x = x.expand(batch, *x.shape)
-            y, self.kl = _Flipout.apply(x, self.mu, self.g, self, product_dtype(self.mu))
+            signs = torch.empty(len(x), self.in_features + self.out_features, device=x.device).uniform_(-1, 1)
+            noise = signs, torch.randn_like(self.mu)
+            kind = small.SmallFlipout if small.takes(x, self.mu, self.g, self.prior_mu) else _Flipout
+            y, self.kl = kind.apply(x, self.mu, self.g, self, product_dtype(self.mu), *noise)
         else:
             # Copies: autograd must not save the parameters themselves, whose storage ZeRO-3 frees after this forward.
             mu, x = self.mu.clone(), x.to(self.mu.dtype)
@@ -193,10 +210,9 @@ def product_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _signs(*shape: int, like: torch.Tensor) -> torch.Tensor:
-    """Random -1 and 1, each with probability one half."""
-    drawn = torch.empty(shape, device=like.device).uniform_(-1, 1)  # on CPUs a third of bernoulli_'s time
-    return torch.copysign(drawn.new_ones(()), drawn).to(like.dtype)
+def _added(y: torch.Tensor, scale: float, onto: torch.Tensor | None) -> torch.Tensor:
+    y = y if scale == 1 else y * scale
+    return y if onto is None else onto + y.to(onto.dtype)
 
 
 class LowRank(nn.Module):
@@ -210,8 +226,9 @@ class LowRank(nn.Module):
         self.down, self.up, self.scale, self.relu = down, up, scale, relu
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """delta(x), in the shape that `up` gives: (..., out_features)."""
+    def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """delta(x), in the shape that `up` gives, (..., out_features); with `onto` onto + delta(x), in its dtype."""
         hidden = self.down(self.dropout(x) if self.training else x)
-        delta = self.up(torch.relu(hidden) if self.relu else hidden)
-        return delta if self.scale == 1 else delta * self.scale
+        if type(self.up) is PointLinear:
+            return self.up(hidden, relu=self.relu, scale=self.scale, onto=onto)
+        return _added(self.up(hidden.relu() if self.relu else hidden), self.scale, onto)

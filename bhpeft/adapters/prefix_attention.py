@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bhpeft.adapters import small
 from bhpeft.errors import InputError
 
 SUPPORTED = ("sdpa", "eager")
@@ -64,7 +65,8 @@ def _attend(name: str):
         if prefix is None:
             return output, weights
         prefix_key, prefix_value, gate = prefix
-        mask = widened_mask(module, query, key, attention_mask, prefix_key.shape[2], kwargs.get("is_causal"))
+        mask = causal_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
+        mask = widened(mask, prefix_key.shape[2])
         keys = torch.cat([prefix_key.to(key.dtype), key], 2)
         values = torch.cat([prefix_value.to(value.dtype), value], 2)
         both, seen = base(module, query, keys, values, mask, **kwargs)  # (B, L, heads, head width)
@@ -91,7 +93,7 @@ class _Gated(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, keys, values, gate, mask, length, scaling, dropout):
+    def forward(ctx, query, keys, values, gate, mask, length, scaling, dropout, drawn, threshold):
         scaled = query * scaling
         scores = scaled @ keys.transpose(2, 3)
         if mask is not None:
@@ -103,8 +105,8 @@ class _Gated(torch.autograd.Function):
         gated = gate.to(scores.dtype)[:, None, None] * share
         weights = torch.cat([of_prefix * gated, of_text * (1 - gated)], -1).to(query.dtype)
         kept = None
-        if dropout:
-            kept = torch.rand_like(weights, dtype=torch.float32).ge_(dropout).to(weights.dtype).div_(1 - dropout)
+        if drawn is not None:
+            kept = (drawn.view(weights.shape) >= threshold).to(weights.dtype).div_(1 - dropout)
             weights = weights * kept
         ctx.save_for_backward(scaled, keys, values, weights, of_prefix, of_text, share, gated, kept)
         ctx.length, ctx.scaling, ctx.gate_kind = length, scaling, gate.dtype
@@ -132,7 +134,7 @@ class _Gated(torch.autograd.Function):
         by_scores = torch.cat([by_prefix, by_text], -1).to(keys.dtype)
         by_gate = (by_gated * share).sum((0, 2, 3)).to(ctx.gate_kind)
         by_query = (by_scores @ keys).mul_(ctx.scaling)
-        return by_query, by_scores.transpose(2, 3) @ scaled, by_values, by_gate, None, None, None, None
+        return by_query, by_scores.transpose(2, 3) @ scaled, by_values, by_gate, *[None] * 6
 
 
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
@@ -166,42 +168,55 @@ def _merged(
     """
     prefix_key, prefix_value, gate = prefix
     length, kind = prefix_key.shape[2], query.dtype
-    mask = widened_mask(module, query, key, mask, length, is_causal)
-    keys = torch.cat([prefix_key.to(kind), key.to(kind)], 2)
-    values = torch.cat([prefix_value.to(kind), value.to(kind)], 2)
+    key, value, prefix_key, prefix_value = (t.to(kind) for t in (key, value, prefix_key, prefix_value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dropout, drawn, threshold = _drawn(query, length + key.shape[2], dropout if module.training else 0.0)
+    mask = causal_mask(module, query, key, mask, is_causal)
+    both = (query, key, value, prefix_key, prefix_value)
+    if small.takes(query, gate) and (mask is None or mask.dtype in (torch.bool, *small.KINDS)):
+        output, shares = small.SmallGated.apply(*both, gate, mask, scaling, dropout, drawn, threshold)
+        return output.transpose(1, 2), shares[..., length:]
+    mask = widened(mask, length)
+    keys, values = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
     if (groups := query.shape[1] // key.shape[1]) > 1:
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dropped = dropout if module.training else 0.0
     with torch.autocast(query.device.type, enabled=False):  # dtypes are settled here, in both directions alike
-        output, weights = _Gated.apply(query, keys, values, gate, mask, length, scaling, dropped)
+        output, weights = _Gated.apply(query, keys, values, gate, mask, length, scaling, dropout, drawn, threshold)
     return output.transpose(1, 2), weights
 
 
-def widened_mask(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    prefix_length: int,
-    is_causal: bool | None,
+def _drawn(query: torch.Tensor, total: int, dropout: float) -> tuple[float, torch.Tensor | None, int]:
+    """A random number a weight, and the least that stays. Of 16 bits, for drawing takes longer than what it is for; the
+    probability is the nearest that they can express, and is returned."""
+    threshold = round(dropout * 2**16)
+    if threshold == 0:
+        return 0.0, None, 0
+    count = query.shape[:3].numel() * total
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=query.device).random_(-(2**63), None)
+    return threshold / 2**16, words.view(torch.int16)[:count], threshold - 2**15
+
+
+def causal_mask(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool | None
 ) -> torch.Tensor | None:
-    """The mask with columns for the prefix, which every query sees.
+    """The mask, or if there is none and attention is causal the one that says so; None if all queries see all keys.
 
     Args:
         query, key: (B, heads, L, D) and (B, KV heads, T, D), the key with what the cache holds.
         mask: (B or 1, 1 or heads, L, T), boolean (True: seen) or added to the scores; None where nothing is masked
             beyond causality, which is then made explicit, for the last query sees the last key.
-
-    Returns:
-        (.., L, prefix_length + T), or None if all queries see all keys.
     """
     length, total = query.shape[2], key.shape[2]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if mask is not None or not causal or length == 1:
+        return mask
+    return torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)[None, None]
+
+
+def widened(mask: torch.Tensor | None, prefix_length: int) -> torch.Tensor | None:
+    """The mask, (.., L, T), with columns for the prefix, which every query sees: (.., L, prefix_length + T)."""
     if mask is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if not causal or length == 1:
-            return None
-        mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)[None, None]
+        return None
     seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
     return torch.cat([seen(*mask.shape[:-1], prefix_length), mask], -1)
 

@@ -58,7 +58,7 @@ class LoraSite(Site):
         """base(x) + delta(x), in the dtype of base(x); base(x) alone where the adapter is off."""
         result = self.base_layer(x, *args, **kwargs)
         part = self.part()
-        return result if part is None else result + part(x).to(result.dtype)
+        return result if part is None else part(x, onto=result)
 
 
 class ParallelSite(LoraSite):
@@ -144,7 +144,8 @@ class PrefixUp(nn.Module):
             pair = pair.expand(2, rows, -1, -1, -1)
         elif n != rows:  # S samples over S * B rows, sample by sample
             pair = pair.repeat_interleave(rows // n, 1)
-        return pair[0], pair[1], None if self.gate is None else self.gate.clone()
+        keys, values = pair.unbind()
+        return keys, values, None if self.gate is None else self.gate.clone()
 
 
 class PrefixSite(Site):
