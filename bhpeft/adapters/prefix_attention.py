@@ -106,7 +106,7 @@ class _Gated(torch.autograd.Function):
         weights = torch.cat([of_prefix * gated, of_text * (1 - gated)], -1).to(query.dtype)
         kept = None
         if drawn is not None:
-            kept = (drawn.view(weights.shape) >= threshold).to(weights.dtype).div_(1 - dropout)
+            kept = (drawn[: weights.numel()].view(weights.shape) >= threshold).to(weights.dtype).div_(1 - dropout)
             weights = weights * kept
         ctx.save_for_backward(scaled, keys, values, weights, of_prefix, of_text, share, gated, kept)
         ctx.length, ctx.scaling, ctx.gate_kind = length, scaling, gate.dtype
@@ -174,8 +174,8 @@ def _merged(
     mask = causal_mask(module, query, key, mask, is_causal)
     both = (query, key, value, prefix_key, prefix_value)
     if small.takes(query, gate) and (mask is None or mask.dtype in (torch.bool, *small.KINDS)):
-        output, shares = small.SmallGated.apply(*both, gate, mask, scaling, dropout, drawn, threshold)
-        return output.transpose(1, 2), shares[..., length:]
+        output, weights = small.SmallGated.apply(*both, gate, mask, scaling, dropout, drawn, threshold)
+        return output.transpose(1, 2), weights
     mask = widened(mask, length)
     keys, values = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
     if (groups := query.shape[1] // key.shape[1]) > 1:
@@ -192,8 +192,8 @@ def _drawn(query: torch.Tensor, total: int, dropout: float) -> tuple[float, torc
     if threshold == 0:
         return 0.0, None, 0
     count = query.shape[:3].numel() * total
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=query.device).random_(-(2**63), None)
-    return threshold / 2**16, words.view(torch.int16)[:count], threshold - 2**15
+    words = torch.empty(count // 4 + 8, dtype=torch.int64, device=query.device).random_(-(2**63), None)
+    return threshold / 2**16, words.view(torch.int16), threshold - 2**15
 
 
 def causal_mask(

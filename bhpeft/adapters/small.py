@@ -191,15 +191,17 @@ class SmallGated(torch.autograd.Function):
     values (B, KV heads, T or P, D); gate (heads,); mask over the text, (B or 1, heads or 1, L, T), or None; the numbers
     that say what dropout leaves, and the least that stays; None without.
 
-    Returns (B, heads, L, D), whose heads lie side by side, and P and T, (B, heads, L, P + T).
+    Returns (B, heads, L, D), whose heads lie side by side, and the text's weights (B, heads, L, T).
     """
 
     @staticmethod
     def forward(ctx, query, key, value, prefix_key, prefix_value, gate, mask, scaling, dropout, drawn, threshold):
         tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, prefix_key, prefix_value)]
         query, key, value, prefix_key, prefix_value = tensors
+        lanes = library().small_lanes()
         (batch, heads, length, width), (_, kv_heads, total, _), prefix = query.shape, key.shape, prefix_key.shape[2]
-        shares = query.new_empty((batch, heads, length, prefix + total), dtype=torch.float32)
+        left, right = (-(-n // lanes) * lanes for n in (prefix, total))
+        shares = query.new_empty((batch, heads, length, left + right), dtype=torch.float32)
         share = shares.new_empty((batch, heads, length))
         output = query.new_empty((batch, length, heads, width)).transpose(1, 2)
         mask_kind = 3 if mask is None else 2 if mask.dtype == torch.bool else KINDS[mask.dtype]
@@ -216,8 +218,9 @@ class SmallGated(torch.autograd.Function):
         _call("gated_forward", [*sizes, *places, *of_mask, _at(gate), _at(drawn), *rest], scaling, dropout)
         ctx.save_for_backward(*tensors, gate, drawn, shares, share)
         ctx.sizes, ctx.numbers, ctx.threshold = sizes, (scaling, dropout), threshold
-        ctx.mark_non_differentiable(shares)
-        return output, shares
+        text = shares[..., left : left + total]
+        ctx.mark_non_differentiable(text)
+        return output, text
 
     @staticmethod
     @once_differentiable

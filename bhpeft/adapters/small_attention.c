@@ -1,5 +1,6 @@
 /* Gated attention over a prefix and over the text, both directions; see `prefix_attention.py: _Gated` for what each letter
-   is. A head's rows of scores lie in `row` floats: the prefix's, filled up with -inf, then the text's, likewise. */
+   is. A row of scores lies in `left + right` floats, the prefix's and then the text's, each filled up to whole vectors: with
+   -inf before the softmax, with 0 behind it. */
 
 #include "small_rows.h"
 
@@ -12,13 +13,15 @@ typedef struct {
     size batch, heads, groups, length, prefix, text, width, kind, mask_kind; /* groups: heads that share a key */
     Place query, key, value, prefix_key, prefix_value, mask; /* mask_kind 2: bytes, 3: none */
     const float *gate;
-    const int16_t *drawn; /* (batch, heads, length, prefix + text), or NULL */
-    size threshold;       /* weights whose number is below it are dropped */
-    float *shares, *share; /* P and T, (batch, heads, length, prefix + text); l, (batch, heads, length) */
+    const int16_t *drawn;  /* (batch, heads, length, prefix + text), and WIDTH more that may be read; or NULL */
+    size threshold;        /* weights whose number is below it are dropped */
+    float *shares, *share; /* P and T, (batch, heads, length, left + right); l, (batch, heads, length) */
     Place output;
     Place by_output, by_query, by_key, by_value, by_prefix_key, by_prefix_value; /* the backward pass */
     float *by_gate;
 } Gated;
+
+typedef int16_t svec __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 
 /* e^x, to 1e-7; 0 below the least normal number. */
 INLINE vec exponential(vec x) {
@@ -36,16 +39,28 @@ INLINE vec larger(vec a, vec b) {
     return (vec)(((ivec)a & first) | ((ivec)b & ~first));
 }
 
-/* Softmax of n scores, a multiple of WIDTH; returns their largest, and the sum of what was divided. */
-static float softmax(float *scores, size n, float *sum) {
-    vec top = *(vec *)scores, all = {0};
-    for (size i = WIDTH; i < n; i += WIDTH) top = larger(top, *(vec *)(scores + i));
-    float largest = top[0];
-    for (int l = 1; l < WIDTH; l++) largest = top[l] > largest ? top[l] : largest;
-    for (size i = 0; i < n; i += WIDTH) all += *(vec *)(scores + i) = exponential(*(vec *)(scores + i) - largest);
-    *sum = total(all);
-    for (size i = 0; i < n; i += WIDTH) *(vec *)(scores + i) *= 1 / *sum;
-    return largest;
+static float top(const float *row, size n) {
+    typedef float quad __attribute__((vector_size(16)));
+    typedef int32_t iquad __attribute__((vector_size(16)));
+    union {
+        vec whole;
+        quad parts[WIDTH / 4];
+    } cut = {*(const vec *)row};
+    for (size j = WIDTH; j < n; j += WIDTH) cut.whole = larger(cut.whole, *(const vec *)(row + j));
+    quad most = cut.parts[0];
+    for (int i = 1; i < WIDTH / 4; i++) {
+        iquad first = most > cut.parts[i];
+        most = (quad)(((iquad)most & first) | ((iquad)cut.parts[i] & ~first));
+    }
+    float one = most[0] > most[1] ? most[0] : most[1], other = most[2] > most[3] ? most[2] : most[3];
+    return one > other ? one : other;
+}
+
+/* e^(s - largest) in place of n scores; returns their sum. */
+static float powers(float *row, size n, float largest) {
+    vec sum = {0};
+    for (size j = 0; j < n; j += WIDTH) sum += *(vec *)(row + j) = exponential(*(vec *)(row + j) - largest);
+    return total(sum);
 }
 
 static void fetch(const Place *p, size kind, size b, size h, size rows, size n, float *to, size ld) {
@@ -69,47 +84,48 @@ static void fetch_both(const Gated *a, const Place *prefix, const Place *text, s
     }
 }
 
-static void mask_row(const Gated *a, size b, size h, size l, float *text) {
-    size offset = b * a->mask.batch + h * a->mask.head + l * a->mask.row;
-    const uint8_t *seen = (const uint8_t *)a->mask.at + offset;
-    const float *whole = (const float *)a->mask.at + offset;
-    const uint16_t *half = (const uint16_t *)a->mask.at + offset;
-    if (a->mask_kind == 0)
-        for (size j = 0; j < a->text; j++) text[j] += whole[j];
-    if (a->mask_kind == 1)
-        for (size j = 0; j < a->text; j++) text[j] += widen(half[j]);
-    if (a->mask_kind == 2)
-        for (size j = 0; j < a->text; j++) text[j] = seen[j] ? text[j] : -INFINITY;
-}
-
-/* What the weights of row l are multiplied by, for dropout; 0 in the padding. */
-static void keep_row(const Gated *a, size at, double dropout, float *prefix, float *text) {
-    const int16_t *drawn = a->drawn + at * (a->prefix + a->text);
-    float kept = (float)(1 / (1 - dropout));
-    for (size j = 0; j < a->prefix; j++) prefix[j] = drawn[j] < a->threshold ? 0 : kept;
-    for (size j = 0; j < a->text; j++) text[j] = drawn[a->prefix + j] < a->threshold ? 0 : kept;
-}
-
-/* [a P, (1 - a) T], dropped where they are, from P and T as they were kept; zero in the padding. */
-static void weigh(const Gated *a, size at, float gated, double dropout, float *weights, float *keep) {
+/* What is added to a head's scores, (length, left + right). */
+static void fetch_mask(const Gated *a, size b, size h, float *to) {
     size left = padded(a->prefix), right = padded(a->text);
-    const float *from = a->shares + at * (a->prefix + a->text);
-    load(from, 0, 0, 0, 1, a->prefix, weights, left);
-    load(from + a->prefix, 0, 0, 0, 1, a->text, weights + left, right);
-    if (a->drawn) keep_row(a, at, dropout, keep, keep + left);
-    for (size j = 0; j < left; j++) weights[j] *= gated;
-    for (size j = left; j < left + right; j++) weights[j] *= 1 - gated;
-    for (size j = 0; a->drawn && j < left + right; j++) weights[j] *= keep[j];
+    for (size l = 0; l < a->length; l++, to += left + right) {
+        size offset = b * a->mask.batch + h * a->mask.head + l * a->mask.row;
+        const uint8_t *seen = (const uint8_t *)a->mask.at + offset;
+        for (size j = 0; j < left + right; j++) to[j] = j < a->prefix ? 0 : -INFINITY;
+        if (a->mask_kind < 2) load(a->mask.at, a->mask_kind, offset, 0, 1, a->text, to + left, a->text);
+        for (size j = 0; a->mask_kind == 2 && j < a->text; j++) to[left + j] = seen[j] ? 0 : -INFINITY;
+        for (size j = 0; a->mask_kind == 3 && j < a->text; j++) to[left + j] = 0;
+    }
 }
+
+/* Row `at` of [a P, (1 - a) T], what dropout leaves of it; `by`, where given, becomes what flows back to [P, T] of what
+   flows back to the weights. */
+static void weigh(const Gated *a, size at, float gated, float kept, float *weights, float *by) {
+    size left = padded(a->prefix), row = left + padded(a->text);
+    const float *shares = a->shares + at * row;
+    const int16_t *drawn = a->drawn + at * (a->prefix + a->text);
+    for (size j = 0; j < row; j += WIDTH) {
+        vec keep = (vec){0} + 1;
+        if (a->drawn) {
+            svec numbers = *(const svec *)(drawn + (j < left ? j : a->prefix + j - left));
+            ivec stays = __builtin_convertvector(numbers, ivec) >= (int32_t)a->threshold;
+            keep = (vec)(stays & (ivec)((vec){0} + kept));
+        }
+        *(vec *)(weights + j) = *(const vec *)(shares + j) * (j < left ? gated : 1 - gated) * keep;
+        if (by) *(vec *)(by + j) *= keep;
+    }
+}
+
+int small_lanes(void) { return WIDTH; }
 
 void gated_forward(const Gated *a, double scaling, double dropout) {
     size ld = padded(a->width), left = padded(a->prefix), right = padded(a->text), row = left + right;
     size all = a->prefix + a->text, L = a->length;
     float *query = floats(L * ld), *keys = floats(all * ld), *turned = floats(a->width * row);
     float *values = floats(all * ld), *scores = floats(L * row), *output = floats(L * ld);
-    float *keep = calloc((size_t)row, sizeof(float));
+    float *mask = floats(L * row), kept = (float)(1 / (1 - dropout));
     for (size b = 0; b < a->batch; b++)
         for (size h = 0; h < a->heads; h++) {
+            if (h == 0 || a->mask.head) fetch_mask(a, b, h, mask);
             fetch(&a->query, a->kind, b, h, L, a->width, query, ld);
             for (size i = 0; i < L * ld; i++) query[i] *= (float)scaling;
             if (h % a->groups == 0) {
@@ -119,26 +135,24 @@ void gated_forward(const Gated *a, double scaling, double dropout) {
             product(L, row, a->width, query, ld, 1, turned, row, scores, row, 0);
             for (size l = 0; l < L; l++) {
                 size at = (b * a->heads + h) * L + l;
-                float *of_prefix = scores + l * row, *of_text = of_prefix + left, *kept = a->shares + at * all;
-                float by_prefix, by_text;
-                if (a->mask_kind != 3) mask_row(a, b, h, l, of_text);
-                for (size j = a->prefix; j < left; j++) of_prefix[j] = -INFINITY;
-                for (size j = a->text; j < right; j++) of_text[j] = -INFINITY;
-                float above = softmax(of_prefix, left, &by_prefix) - softmax(of_text, right, &by_text);
+                float *here = scores + l * row, *shares = a->shares + at * row;
+                for (size j = 0; j < row; j += WIDTH) *(vec *)(here + j) += *(vec *)(mask + l * row + j);
+                float of_prefix = top(here, left), of_text = top(here + left, right), above = of_prefix - of_text;
+                float prefix = powers(here, left, of_prefix), text = powers(here + left, right, of_text);
+                for (size j = 0; j < left; j += WIDTH) *(vec *)(shares + j) = *(vec *)(here + j) * (1 / prefix);
+                for (size j = left; j < row; j += WIDTH) *(vec *)(shares + j) = *(vec *)(here + j) * (1 / text);
                 if (above > 0)
-                    by_text *= expf(-above);
+                    text *= expf(-above);
                 else
-                    by_prefix *= expf(above);
-                a->share[at] = by_prefix / (by_prefix + by_text);
-                memcpy(kept, of_prefix, (size_t)a->prefix * sizeof(float));
-                memcpy(kept + a->prefix, of_text, (size_t)a->text * sizeof(float));
-                weigh(a, at, a->gate[h] * a->share[at], dropout, of_prefix, keep);
+                    prefix *= expf(above);
+                a->share[at] = prefix / (prefix + text);
+                weigh(a, at, a->gate[h] * a->share[at], kept, here, NULL);
             }
             product(L, ld, a->prefix, scores, row, 1, values, ld, output, ld, 0);
             product(L, ld, a->text, scores + left, row, 1, values + a->prefix * ld, ld, output, ld, 1);
             put(output, ld, &a->output, a->kind, b, h, L, a->width);
         }
-    free(query), free(keys), free(turned), free(values), free(scores), free(output), free(keep);
+    free(query), free(keys), free(turned), free(values), free(scores), free(output), free(mask);
 }
 
 void gated_backward(const Gated *a, double scaling, double dropout) {
@@ -147,7 +161,7 @@ void gated_backward(const Gated *a, double scaling, double dropout) {
     float *query = floats(L * ld), *keys = floats(all * ld), *values = floats(all * ld), *turned = floats(a->width * row);
     float *by_output = floats(L * ld), *weights = floats(L * row), *by_scores = floats(L * row);
     float *by_query = floats(L * ld), *by_keys = floats(all * ld), *by_values = floats(all * ld);
-    float *keep = calloc((size_t)row, sizeof(float)), *shares = floats(row);
+    float kept = (float)(1 / (1 - dropout));
     memset(a->by_gate, 0, (size_t)a->heads * sizeof(float));
     for (size b = 0; b < a->batch; b++)
         for (size h = 0; h < a->heads; h++) {
@@ -164,17 +178,18 @@ void gated_backward(const Gated *a, double scaling, double dropout) {
             for (size l = 0; l < L; l++) {
                 size at = (b * a->heads + h) * L + l;
                 float share = a->share[at], gated = a->gate[h] * share, *by = by_scores + l * row;
+                const float *shares = a->shares + at * row;
                 vec of_prefix = {0}, of_text = {0};
-                weigh(a, at, gated, dropout, weights + l * row, keep);
-                load(a->shares + at * all, 0, 0, 0, 1, a->prefix, shares, left);
-                load(a->shares + at * all + a->prefix, 0, 0, 0, 1, a->text, shares + left, right);
-                for (size j = 0; a->drawn && j < row; j++) by[j] *= keep[j];
-                for (size j = 0; j < left; j += WIDTH) of_prefix += *(vec *)(by + j) * *(vec *)(shares + j);
-                for (size j = left; j < row; j += WIDTH) of_text += *(vec *)(by + j) * *(vec *)(shares + j);
+                weigh(a, at, gated, kept, weights + l * row, by);
+                for (size j = 0; j < left; j += WIDTH) of_prefix += *(vec *)(by + j) * *(const vec *)(shares + j);
+                for (size j = left; j < row; j += WIDTH) of_text += *(vec *)(by + j) * *(const vec *)(shares + j);
                 float mean_prefix = total(of_prefix), mean_text = total(of_text), by_gated = mean_prefix - mean_text;
                 float moved = by_gated * gated * (1 - share);
-                for (size j = 0; j < left; j++) by[j] = shares[j] * ((by[j] - mean_prefix) * gated + moved);
-                for (size j = left; j < row; j++) by[j] = shares[j] * ((by[j] - mean_text) * (1 - gated) - moved);
+                for (size j = 0; j < row; j += WIDTH) {
+                    vec own = j < left ? (*(vec *)(by + j) - mean_prefix) * gated + moved
+                                       : (*(vec *)(by + j) - mean_text) * (1 - gated) - moved;
+                    *(vec *)(by + j) = own * *(const vec *)(shares + j);
+                }
                 by_gate += by_gated * share;
             }
             a->by_gate[h] += (float)by_gate;
@@ -194,5 +209,5 @@ void gated_backward(const Gated *a, double scaling, double dropout) {
             put(text_values, ld, &a->by_value, a->kind, b, group, a->text, a->width);
         }
     free(query), free(keys), free(values), free(turned), free(by_output), free(weights), free(by_scores);
-    free(by_query), free(by_keys), free(by_values), free(keep), free(shares);
+    free(by_query), free(by_keys), free(by_values);
 }

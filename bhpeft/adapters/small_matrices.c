@@ -166,7 +166,7 @@ static void activated(const Up *u, size token, size rows, float *to) {
 }
 
 void up_forward(const Up *u, double scale) {
-    size ld = padded(u->out);
+    size ld = padded(u->out), direct = !u->y_kind && ld == u->out;
     float *weight = floats(u->in * ld), *bias = floats(ld), *x = floats(BLOCK * u->in), *y = floats(BLOCK * ld);
     transpose(u->weight, u->in, u->out, u->in, u->kept, u->out);
     load(u->kept, 0, 0, u->out, u->in, u->out, weight, ld);
@@ -177,11 +177,14 @@ void up_forward(const Up *u, double scale) {
     for (size t = 0; t < u->tokens; t += BLOCK) {
         size rows = least(BLOCK, u->tokens - t);
         activated(u, t, rows, x);
-        if (u->onto) load(u->onto, u->onto_kind, t * u->out, u->out, rows, u->out, y, ld);
+        float *to = direct ? (float *)u->y + t * u->out : y;
+        const float *onto = (const float *)u->onto + t * u->out;
+        if (u->onto && (!direct || u->onto_kind)) load(u->onto, u->onto_kind, t * u->out, u->out, rows, u->out, y, ld), onto = y;
         for (size r = 0; r < rows; r++)
-            for (size i = 0; i < ld; i++) y[r * ld + i] = (u->onto ? y[r * ld + i] : 0) + bias[i];
-        product(rows, ld, u->in, x, u->in, 1, weight, ld, y, ld, 1);
-        store(y, ld, u->y, u->y_kind, t * u->out, u->out, rows, u->out);
+            for (size i = 0; i < ld; i += WIDTH)
+                *(vec *)(to + r * ld + i) = *(vec *)(bias + i) + (u->onto ? *(vec *)(onto + r * ld + i) : (vec){0});
+        product(rows, ld, u->in, x, u->in, 1, weight, ld, to, ld, 1);
+        if (!direct) store(y, ld, u->y, u->y_kind, t * u->out, u->out, rows, u->out);
     }
     free(weight), free(bias), free(x), free(y);
 }

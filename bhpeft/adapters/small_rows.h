@@ -42,26 +42,31 @@ INLINE uint16_t narrow(float value) { /* to the nearest, ties to even */
     return value != value ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+/* By vectors: for rows as short as these a call of memcpy takes longer than the copy. */
+INLINE void copy(const float *from, float *to, size n) {
+    size i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) *(vec *)(to + i) = *(const vec *)(from + i);
+    for (; i < n; i++) to[i] = from[i];
+}
+
 static void load(const void *from, size kind, size offset, size stride, size rows, size n, float *to, size ld) {
     for (size r = 0; r < rows; r++, to += ld) {
-        const float *whole = (const float *)from + offset + r * stride;
         const uint16_t *half = (const uint16_t *)from + offset + r * stride;
         if (kind)
             for (size i = 0; i < n; i++) to[i] = widen(half[i]);
         else
-            memcpy(to, whole, (size_t)n * sizeof(float));
+            copy((const float *)from + offset + r * stride, to, n);
         for (size i = n; i < ld; i++) to[i] = 0;
     }
 }
 
 static void store(const float *from, size ld, void *to, size kind, size offset, size stride, size rows, size n) {
     for (size r = 0; r < rows; r++, from += ld) {
-        float *whole = (float *)to + offset + r * stride;
         uint16_t *half = (uint16_t *)to + offset + r * stride;
         if (kind)
             for (size i = 0; i < n; i++) half[i] = narrow(from[i]);
         else
-            memmove(whole, from, (size_t)n * sizeof(float));
+            copy(from, (float *)to + offset + r * stride, n);
     }
 }
 
@@ -76,13 +81,13 @@ static void transpose(const float *from, size ld, size rows, size columns, float
 
 INLINE void tile(const int rows, const int vecs, size k, const float *a, size row, size column, const float *b, size ldb,
                  float *c, size ldc, int add) {
-    vec sum[4][2];
+    vec sum[4][3];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int v = 0; v < vecs; v++) sum[r][v] = add ? *(const vec *)(c + r * ldc + v * WIDTH) : (vec){0};
     for (size p = 0; p < k; p++, a += column, b += ldb)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int v = 0; v < vecs; v++) {
             vec right = *(const vec *)(b + v * WIDTH);
 #pragma GCC unroll 4
@@ -90,7 +95,7 @@ INLINE void tile(const int rows, const int vecs, size k, const float *a, size ro
         }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int v = 0; v < vecs; v++) *(vec *)(c + r * ldc + v * WIDTH) = sum[r][v];
 }
 
@@ -98,18 +103,21 @@ INLINE void tile(const int rows, const int vecs, size k, const float *a, size ro
 static void product(size m, size n, size k, const float *a, size row, size column, const float *b, size ldb, float *c,
                     size ldc, int add) {
     for (size j = 0; j < n;) {
-        int vecs = n - j >= 2 * WIDTH ? 2 : 1;
-        size i = 0;
-        for (; i + 4 <= m; i += 4)
-            if (vecs == 2)
-                tile(4, 2, k, a + i * row, row, column, b + j, ldb, c + i * ldc + j, ldc, add);
+        size left = (n - j) / WIDTH, vecs = left == 4 ? 2 : least(3, left);
+        for (size i = 0; i < m; i += 4) {
+            const float *from = a + i * row;
+            float *to = c + i * ldc + j;
+#define TILE(rows, vecs) tile(rows, vecs, k, from, row, column, b + j, ldb, to, ldc, add)
+#define ROWS(rows) (vecs == 3 ? TILE(rows, 3) : vecs == 2 ? TILE(rows, 2) : TILE(rows, 1))
+            if (m - i >= 4)
+                ROWS(4);
+            else if (m - i == 3)
+                ROWS(3);
+            else if (m - i == 2)
+                ROWS(2);
             else
-                tile(4, 1, k, a + i * row, row, column, b + j, ldb, c + i * ldc + j, ldc, add);
-        for (; i < m; i++)
-            if (vecs == 2)
-                tile(1, 2, k, a + i * row, row, column, b + j, ldb, c + i * ldc + j, ldc, add);
-            else
-                tile(1, 1, k, a + i * row, row, column, b + j, ldb, c + i * ldc + j, ldc, add);
+                ROWS(1);
+        }
         j += vecs * WIDTH;
     }
 }
