@@ -66,7 +66,7 @@ class _Flipout(torch.autograd.Function):
         layer.kl_gradient_square = _square(by_mu, by_g)
         layer.nll_gradient_square = None
         weight, taken = mu.to(dtype, copy=True), x.to(dtype)
-        signs = torch.copysign(signs.new_ones(()), signs).to(dtype).view(len(x), *[1] * (x.dim() - 2), -1)
+        signs = (1 - 2 * (signs[: len(x) * sum(mu.shape)] < 0).to(dtype)).view(len(x), *[1] * (x.dim() - 2), -1)
         s, r = signs.split((mu.shape[1], mu.shape[0]), -1)
         spread, signed = (sigma * eps).to(dtype), taken * s
         y = nn.functional.linear(taken, weight).addcmul_(nn.functional.linear(signed, spread), r)
@@ -184,10 +184,10 @@ class GaussianLinear(nn.Module):
         if self.training and torch.is_grad_enabled():
             if batch is not None:
                 x = x.expand(batch, *x.shape)
-            signs = torch.empty(len(x), self.in_features + self.out_features, device=x.device).uniform_(-1, 1)
-            noise = signs, torch.randn_like(self.mu)
-            kind = small.SmallFlipout if small.takes(x, self.mu, self.g, self.prior_mu) else _Flipout
-            y, self.kl = kind.apply(x, self.mu, self.g, self, product_dtype(self.mu), *noise)
+            mu, g = self.mu, self.g
+            noise = small.random_numbers(x.shape[0] * sum(mu.shape), torch.int8, x.device), torch.randn_like(mu)
+            kind = small.SmallFlipout if small.takes(x, mu, g, self.prior_mu, self.prior_sigma) else _Flipout
+            y, self.kl = kind.apply(x, mu, g, self, product_dtype(mu), *noise)
         else:
             # Copies: autograd must not save the parameters themselves, whose storage ZeRO-3 frees after this forward.
             mu, x = self.mu.clone(), x.to(self.mu.dtype)

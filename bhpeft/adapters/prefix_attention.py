@@ -192,8 +192,7 @@ def _drawn(query: torch.Tensor, total: int, dropout: float) -> tuple[float, torc
     if threshold == 0:
         return 0.0, None, 0
     count = query.shape[:3].numel() * total
-    words = torch.empty(count // 4 + 8, dtype=torch.int64, device=query.device).random_(-(2**63), None)
-    return threshold / 2**16, words.view(torch.int16), threshold - 2**15
+    return threshold / 2**16, small.random_numbers(count, torch.int16, query.device), threshold - 2**15
 
 
 def causal_mask(

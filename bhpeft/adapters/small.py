@@ -1,10 +1,10 @@
 """Small work of the adapters on a CPU, by a little C: one call in place of some thirty tensor operations.
 
-Matrices of 2 to 12 rows, and attention within short texts, take torch longer to dispatch than to compute: on MiniLM with
-batches of 8 sentences that was a third of BH-PEFT's step. `small_matrices.c` and `small_attention.c` have them, forward and
-backward, for float32 and bfloat16, one thread, with float32 sums. They are compiled at first use (about a second) into
-torch's folder of extensions; where there is no compiler, and for whatever `takes` refuses, torch's operations stay. Random
-numbers are torch's in both, and the same ones.
+Matrices of 2 to 12 rows, and attention within short texts, take torch longer to dispatch than to compute: on MiniLM
+with batches of 8 sentences that was a quarter of BH-PEFT's step. `small_matrices.c` and `small_attention.c` have them,
+forward and backward, for float32 and bfloat16, in one thread, with float32 sums. They are compiled at first use (a
+second) into torch's folder of extensions. Where there is no compiler, and for whatever `takes` refuses, torch's
+operations stay. Random numbers are torch's in both, and the same ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ SOURCES = ("small_rows.h", "small_matrices.c", "small_attention.c")
 # Not -ffast-math: it changes how the whole process rounds, and -inf in a mask must stay what it is.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 LARGEST = 2**20  # numbers of an input, up to which one thread of C is faster
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
+floats = functools.partial(torch.empty, dtype=torch.float32)
 
 
 @functools.cache
@@ -81,25 +83,30 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+    names = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
 
 
 def takes(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the functions here take these tensors: on a CPU, x in float32 or bfloat16 and not large, the parameters
-    behind it in float32; plain tensors, with gradients, and not while torch compiles or counts without computing."""
-    return (
-        type(x) is torch.Tensor
-        and x.device.type == "cpu"
-        and x.dtype in KINDS
-        and 0 < x.numel() <= LARGEST
-        and torch.is_grad_enabled()
-        and all(
-            other is None or other.dtype == torch.float32 and type(other) in (torch.Tensor, torch.nn.Parameter)
-            for other in others
-        )
-        and not torch.compiler.is_compiling()
-        and library() is not None
-    )
+    behind it whole and in float32; plain tensors, none of which a subclass or a fake; with gradients, and not while
+    torch compiles. They know nothing of torch.func and of second derivatives.
+    """
+    if type(x) is not torch.Tensor or not x.is_cpu or x.dtype not in KINDS or not 0 < x.numel() <= LARGEST:
+        return False
+    for other in others:
+        if other is None:
+            continue
+        if other.dtype != torch.float32 or type(other) not in PLAIN or not other.is_contiguous():
+            return False
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and library() is not None
+
+
+def random_numbers(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """At least `count` and 16 more uniform numbers of all that an integer dtype holds, cut out of 64 random bits each:
+    torch takes as long to draw one number of 8 bits as one of 64."""
+    words = torch.empty(count * dtype.itemsize // 8 + 8, dtype=torch.int64, device=device)
+    return words.random_(-(2**63), None).view(dtype)
 
 
 def _call(name: str, values: list[int], *numbers: float) -> None:
@@ -115,16 +122,16 @@ class SmallFlipout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mu, g, layer, dtype, signs, eps):
-        if not (x.is_contiguous() or x[0].is_contiguous()):  # examples may be one and the same
+        shape = x.shape
+        if not x.is_contiguous() and not x[0].is_contiguous():  # examples may be one and the same
             x = x.contiguous()
-        mu, g, prior_mu, prior_sigma = (t.contiguous() for t in (mu, g, layer.prior_mu, layer.prior_sigma))
-        y, kept = x.new_empty((*x.shape[:-1], len(mu)), dtype=dtype), mu.new_empty((5, *mu.shape))
-        kl, sigma, square = (mu.new_empty(()) for _ in range(3))
-        tokens = x[0].numel() // mu.shape[1]
-        sizes = [len(x), tokens, mu.shape[1], len(mu), x.stride(0), KINDS[x.dtype], KINDS[dtype]]
-        tensors = (x, mu, g, prior_mu, prior_sigma, eps, signs, kept, kl, sigma, square, y)
-        _call("flipout_forward", [*sizes, *map(_at, tensors), 0, 0, 0, 0, 0])
-        layer.mean_sigma, layer.kl_gradient_square, layer.nll_gradient_square = sigma, square, None
+        out, width = mu.shape
+        y, kept = torch.empty((*shape[:-1], out), dtype=dtype), floats(5, out, width)
+        kl, sigma, square = floats(()), floats(()), floats(())
+        sizes = [shape[0], shape[1:-1].numel(), width, out, x.stride(0), KINDS[x.dtype], KINDS[dtype]]
+        tensors = (x, mu, g, layer.prior_mu, layer.prior_sigma, eps, signs, kept, kl, sigma, square, y)
+        _call("flipout_forward", [*sizes, *[tensor.data_ptr() for tensor in tensors], 0, 0, 0, 0, 0])
+        vars(layer).update(mean_sigma=sigma, kl_gradient_square=square, nll_gradient_square=None)  # 5 times as fast
         ctx.save_for_backward(x, signs, kept)
         ctx.layer, ctx.sizes = layer, sizes
         ctx.set_materialize_grads(False)
@@ -134,16 +141,17 @@ class SmallFlipout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, by_y, by_kl):
         x, signs, kept = ctx.saved_tensors
-        layer = ctx.layer
-        layer.kl = layer.kl.detach()  # as in _Flipout
-        by_x = x.new_empty(x.shape) if by_y is not None and ctx.needs_input_grad[0] else None
-        by_mu, by_g, square = torch.empty_like(kept[0]), torch.empty_like(kept[0]), kept.new_empty(())
+        layer, shape = ctx.layer, kept.shape[1:]
+        kl, before = layer.kl.detach(), layer.nll_gradient_square  # as in _Flipout
+        by_x = torch.empty(x.shape, dtype=x.dtype) if by_y is not None and ctx.needs_input_grad[0] else None
+        by_mu, by_g, square = floats(shape), floats(shape), floats(())
         by_y = None if by_y is None else by_y.contiguous()
-        tensors = x, None, None, None, None, None, signs, kept, None, None, square, None, by_y, by_kl, by_x, by_mu, by_g
-        _call("flipout_backward", [*ctx.sizes, *map(_at, tensors)])
+        at = [x.data_ptr(), 0, 0, 0, 0, 0, signs.data_ptr(), kept.data_ptr(), 0, 0, square.data_ptr(), 0]
+        by = [_at(by_y), _at(by_kl), _at(by_x), by_mu.data_ptr(), by_g.data_ptr()]
+        _call("flipout_backward", [*ctx.sizes, *at, *by])
         if by_y is not None:
-            before = layer.nll_gradient_square
-            layer.nll_gradient_square = square if before is None else before + square
+            before = square if before is None else before + square
+        vars(layer).update(kl=kl, nll_gradient_square=before)
         return by_x, by_mu, by_g, None, None, None, None
 
 
@@ -153,13 +161,12 @@ class SmallUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, onto, relu, scale, dtype):
-        x, weight = x.contiguous(), weight.contiguous()
-        onto = None if onto is None else onto.contiguous()
-        y = x.new_empty((*x.shape[:-1], len(weight)), dtype=dtype)
-        kept = weight.new_empty(weight.shape[::-1])  # a copy: ZeRO-3 frees the parameter's storage
-        tokens = x.numel() // weight.shape[1]
+        x, onto = x.contiguous(), None if onto is None else onto.contiguous()
+        out, width = weight.shape
+        y = torch.empty((*x.shape[:-1], out), dtype=dtype)
+        kept = floats(width, out)  # a copy: ZeRO-3 frees the parameter's storage
         kinds = [KINDS[x.dtype], KINDS[dtype], 0 if onto is None else KINDS[onto.dtype]]
-        sizes = [tokens, weight.shape[1], len(weight), *kinds, int(relu)]
+        sizes = [x.numel() // width, width, out, *kinds, int(relu)]
         _call("up_forward", [*sizes, *map(_at, (x, weight, bias, onto, kept, y)), 0, 0, 0, 0], scale)
         ctx.save_for_backward(x, kept)
         ctx.sizes, ctx.scale, ctx.of_onto = sizes, scale, None if onto is None else onto.dtype
@@ -172,8 +179,9 @@ class SmallUp(torch.autograd.Function):
         x, kept = ctx.saved_tensors
         by_y = by_y.contiguous()
         by_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        by_weight = kept.new_empty(kept.shape[::-1])
-        by_bias = kept.new_empty(kept.shape[1]) if ctx.biased else None
+        width, out = kept.shape
+        by_weight = floats(out, width)
+        by_bias = floats(out) if ctx.biased else None
         tensors = x, None, None, None, kept, None, by_y, by_x, by_weight, by_bias
         _call("up_backward", [*ctx.sizes, *map(_at, tensors)], ctx.scale)
         return by_x, by_weight, by_bias, None if ctx.of_onto is None else by_y.to(ctx.of_onto), None, None, None
@@ -187,9 +195,9 @@ def _place(tensor: torch.Tensor) -> list[int]:
 
 
 class SmallGated(torch.autograd.Function):
-    """`prefix_attention.py: _Gated`, the same but for rounding, with prefix and text apart: query (B, heads, L, D); keys and
-    values (B, KV heads, T or P, D); gate (heads,); mask over the text, (B or 1, heads or 1, L, T), or None; the numbers
-    that say what dropout leaves, and the least that stays; None without.
+    """`prefix_attention.py: _Gated`, the same but for rounding, prefix and text apart: query (B, heads, L, D); keys
+    and values (B, KV heads, T or P, D); gate (heads,); mask over the text, (B or 1, heads or 1, L, T), or None; the
+    numbers that say what dropout leaves, None without, and the least that stays.
 
     Returns (B, heads, L, D), whose heads lie side by side, and the text's weights (B, heads, L, T).
     """
@@ -201,8 +209,7 @@ class SmallGated(torch.autograd.Function):
         lanes = library().small_lanes()
         (batch, heads, length, width), (_, kv_heads, total, _), prefix = query.shape, key.shape, prefix_key.shape[2]
         left, right = (-(-n // lanes) * lanes for n in (prefix, total))
-        shares = query.new_empty((batch, heads, length, left + right), dtype=torch.float32)
-        share = shares.new_empty((batch, heads, length))
+        shares, share = floats(batch, heads, length, left + right), floats(batch, heads, length)
         output = query.new_empty((batch, length, heads, width)).transpose(1, 2)
         mask_kind = 3 if mask is None else 2 if mask.dtype == torch.bool else KINDS[mask.dtype]
         sizes = [batch, heads, heads // kv_heads, length, prefix, total, width, KINDS[query.dtype], mask_kind]

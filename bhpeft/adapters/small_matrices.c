@@ -16,7 +16,8 @@
 typedef struct {
     size examples, tokens, in, out, x_stride, x_kind, y_kind; /* x_stride: from example to example */
     const void *x;
-    const float *mu, *g, *prior_mu, *prior_sigma, *eps, *signs; /* signs (examples, in + out): s, then r */
+    const float *mu, *g, *prior_mu, *prior_sigma, *eps;
+    const int8_t *signs; /* (examples, in + out): s, then r; below 0 and not */
     float *kept, *kl, *sigma, *square; /* kept (5, out, in): mu, V, 2 g eps, d KL / d mu, d KL / d g */
     void *y;
     const void *by_y; /* or NULL; what follows is of the backward pass */
@@ -66,11 +67,11 @@ static void keep(const Flipout *f) {
 
 /* W_b, rows `ld` apart. */
 static void blend(const Flipout *f, size example, float *weight, size ld) {
-    const float *s = f->signs + example * (f->in + f->out), *r = s + f->in;
+    const int8_t *s = f->signs + example * (f->in + f->out), *r = s + f->in;
     for (size o = 0; o < f->out; o++) {
         const float *mu = f->kept + o * f->in, *spread = mu + f->in * f->out;
         float *restrict row = weight + o * ld;
-        for (size i = 0; i < f->in; i++) row[i] = mu[i] + copysignf(1, s[i]) * copysignf(1, r[o]) * spread[i];
+        for (size i = 0; i < f->in; i++) row[i] = mu[i] + ((s[i] ^ r[o]) < 0 ? -spread[i] : spread[i]);
         for (size i = f->in; i < ld; i++) row[i] = 0;
     }
 }
@@ -126,13 +127,13 @@ void flipout_backward(const Flipout *f) {
             product(rows, ld, f->out, y, f->out, 1, weight, ld, to, ld, 0);
             if (!direct) store(x, ld, f->by_x, f->x_kind, offset, f->in, rows, f->in);
         }
-        const float *s = f->signs + e * (f->in + f->out), *r = s + f->in;
+        const int8_t *s = f->signs + e * (f->in + f->out), *r = s + f->in;
         for (size o = 0; o < f->out; o++) {
             float *restrict by_mu = f->by_mu + o * f->in, *restrict by_spread = f->by_g + o * f->in;
             const float *restrict row = gradient + o * ld;
             for (size i = 0; i < f->in; i++) {
                 by_mu[i] += row[i];
-                by_spread[i] += copysignf(1, s[i]) * copysignf(1, r[o]) * row[i];
+                by_spread[i] += (s[i] ^ r[o]) < 0 ? -row[i] : row[i];
             }
         }
     }
