@@ -126,7 +126,7 @@ class PointLinear(nn.Module):
         plain = onto is None or type(onto) is torch.Tensor and onto.dtype in small.KINDS
         if self.in_features < self.out_features and plain and small.takes(x, weight, bias):
             dtype = product_dtype(weight) if onto is None else onto.dtype
-            return small.SmallUp.apply(x, weight, bias, onto, relu, scale, dtype)
+            return small.up(x, weight, bias, onto, relu, scale, dtype)
         y = nn.functional.linear((x.relu() if relu else x).to(weight.dtype), weight, bias)
         return _added(y, scale, onto)
 
@@ -186,8 +186,8 @@ class GaussianLinear(nn.Module):
                 x = x.expand(batch, *x.shape)
             mu, g = self.mu, self.g
             noise = small.random_numbers(x.shape[0] * sum(mu.shape), torch.int8, x.device), torch.randn_like(mu)
-            kind = small.SmallFlipout if small.takes(x, mu, g, self.prior_mu, self.prior_sigma) else _Flipout
-            y, self.kl = kind.apply(x, mu, g, self, product_dtype(mu), *noise)
+            run = small.flipout if small.takes(x, mu, g, self.prior_mu, self.prior_sigma) else _Flipout.apply
+            y, self.kl = run(x, mu, g, self, product_dtype(mu), *noise)
         else:
             # Copies: autograd must not save the parameters themselves, whose storage ZeRO-3 frees after this forward.
             mu, x = self.mu.clone(), x.to(self.mu.dtype)

@@ -174,7 +174,7 @@ def _merged(
     mask = causal_mask(module, query, key, mask, is_causal)
     both = (query, key, value, prefix_key, prefix_value)
     if small.takes(query, gate) and (mask is None or mask.dtype in (torch.bool, *small.KINDS)):
-        output, weights = small.SmallGated.apply(*both, gate, mask, scaling, dropout, drawn, threshold)
+        output, weights = small.gated(*both, gate, mask, scaling, dropout, drawn, threshold)
         return output.transpose(1, 2), weights
     mask = widened(mask, length)
     keys, values = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)

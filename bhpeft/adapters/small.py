@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 logger = logging.getLogger(__name__)
 SOURCES = ("small_rows.h", "small_matrices.c", "small_attention.c")
@@ -89,8 +90,9 @@ def _cpu() -> str:
 
 def takes(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the functions here take these tensors: on a CPU, x in float32 or bfloat16 and not large, the parameters
-    behind it whole and in float32; plain tensors, none of which a subclass or a fake; with gradients, and not while
-    torch compiles. They know nothing of torch.func and of second derivatives.
+    behind it whole and in float32; plain tensors, no subclasses; with gradients, and neither while torch compiles nor
+    while something counts its operations or stands in for them. They know nothing of torch.func and of second
+    derivatives.
     """
     if type(x) is not torch.Tensor or not x.is_cpu or x.dtype not in KINDS or not 0 < x.numel() <= LARGEST:
         return False
@@ -99,7 +101,8 @@ def takes(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
             continue
         if other.dtype != torch.float32 or type(other) not in PLAIN or not other.is_contiguous():
             return False
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and library() is not None
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return torch.is_grad_enabled() and not watched and library() is not None
 
 
 def random_numbers(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -117,7 +120,7 @@ def _at(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class SmallFlipout(torch.autograd.Function):
+class _Flipout(torch.autograd.Function):
     """`gaussian.py: _Flipout`, the same but for rounding; signs and eps are drawn by the caller."""
 
     @staticmethod
@@ -155,7 +158,7 @@ class SmallFlipout(torch.autograd.Function):
         return by_x, by_mu, by_g, None, None, None, None
 
 
-class SmallUp(torch.autograd.Function):
+class _Up(torch.autograd.Function):
     """y = onto + scale * (a(x) W^T + b), a(x) = x or ReLU(x): x (..., in), W (out, in), b (out,) or None, `onto` None
     or (..., out), which gives y its dtype."""
 
@@ -194,7 +197,7 @@ def _place(tensor: torch.Tensor) -> list[int]:
     return [tensor.data_ptr(), *tensor.stride()[:3]]
 
 
-class SmallGated(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     """`prefix_attention.py: _Gated`, the same but for rounding, prefix and text apart: query (B, heads, L, D); keys
     and values (B, KV heads, T or P, D); gate (heads,); mask over the text, (B or 1, heads or 1, L, T), or None; the
     numbers that say what dropout leaves, None without, and the least that stays.
@@ -242,3 +245,6 @@ class SmallGated(torch.autograd.Function):
         by = [place for tensor in found for place in _place(tensor)]
         _call("gated_backward", [*ctx.sizes, *places, *NOWHERE, *rest, *by, _at(by_gate)], *ctx.numbers)
         return *found, by_gate, None, None, None, None, None
+
+
+flipout, up, gated = _Flipout.apply, _Up.apply, _Gated.apply
