@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bhpeft.adapters import small
 from bhpeft.adapters.gaussian import GaussianLinear, LowRank, PointLinear
-from bhpeft.adapters.prefix_attention import _merged
+from bhpeft.adapters.prefix_attention import _drawn, _merged
 
 pytestmark = pytest.mark.skipif(small.library() is None, reason="no C compiler")
 KINDS = [torch.float32, torch.bfloat16]
@@ -32,7 +32,7 @@ def in_both(function, inputs, kind, monkeypatch):
     call = small._call
     monkeypatch.setattr(small, "_call", lambda name, *rest: (calls.append(name), call(name, *rest)))
     for in_c in (True, False):
-        monkeypatch.setattr(small, "LARGEST", 2**20 if in_c else -1)
+        monkeypatch.setattr(small, "LARGEST", 2**21 if in_c else -1)
         before = len(calls)
         given = inputs if in_c else [tensor if tensor is None else tensor.float() for tensor in inputs]
         torch.manual_seed(0)
@@ -156,16 +156,17 @@ def test_what_is_dropped_is_as_often_as_asked():
     torch.manual_seed(0)
     out = attend(dropout=0.1)(query, key, ones[0], prefix_key, ones[1], ones[2])[0]
     assert abs(out.mean().item() - 1) < 5e-3
-    drawn = small.random_numbers(10**6, torch.int16, torch.device("cpu"))[: 10**6]
-    assert abs((drawn < round(0.1 * 2**16) - 2**15).float().mean().item() - 0.1) < 2e-3
+    share, drawn, least = _drawn(torch.empty(10, 10, 100, 1), 100, 0.1)
+    assert abs(share - 0.1) < 1e-5 and abs((drawn < least).float().mean().item() - 0.1) < 2e-3
 
 
 def test_numbers_that_are_none_are_not_hidden():
     layer = GaussianLinear(32, 4).train()
     for kind in KINDS:
-        x = torch.randn(2, 3, 32).to(kind)
-        x[1, 2, 5] = torch.nan
-        y = layer(x)
+        x = torch.randn(2, 3, 32)
+        x[1, 2, 5] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)  # rounded as a number it is -0
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+            y = layer(x)
         assert y[1, 2].isnan().all() and y[0].isfinite().all()
         y.sum().backward()
         assert layer.mu.grad.isnan().any()
@@ -176,17 +177,21 @@ def test_numbers_that_are_none_are_not_hidden():
 
 def test_what_is_large_or_of_another_kind_stays_with_torch():
     weight = torch.nn.Parameter(torch.zeros(4, 32))
-    assert small.takes(torch.zeros(2, 32), weight, None)
-    for x, other in ((torch.zeros(2, 32).double(), weight), (torch.zeros(2, 32), weight.bfloat16()),
-                     (torch.zeros(2, 32, device="meta"), weight), (torch.zeros(0, 32), weight),
-                     (torch.zeros(small.LARGEST // 32 + 1, 32), weight)):  # fmt: skip
-        assert not small.takes(x, other)
+
+    def takes(x, weight=weight, size=64):
+        return small.takes(size, x, weight, None)
+
+    x = torch.zeros(2, 32)
+    assert takes(x) and takes(x, size=small.LARGEST // torch.get_num_threads())
+    assert not takes(x, size=small.LARGEST // torch.get_num_threads() + 1) and not takes(x, size=0)
+    assert not takes(x.double()) and not takes(x, weight.bfloat16()) and not takes(x.to("meta"))
+    assert not takes(x, weight.t()) and not takes(torch.nn.Parameter(x))
     with torch.no_grad():
-        assert not small.takes(torch.zeros(2, 32), weight)
+        assert not takes(x)
     with FlopCounterMode(display=False):  # it sees torch's operations alone
-        assert not small.takes(torch.zeros(2, 32), weight)
+        assert not takes(x)
     with FakeTensorMode():
-        assert not small.takes(torch.zeros(2, 32), torch.zeros(4, 32))
+        assert not takes(torch.zeros(2, 32), torch.zeros(4, 32))
 
 
 PROGRAM = """

@@ -124,7 +124,8 @@ class PointLinear(nn.Module):
         dtype it then has; `batch` is taken for `GaussianLinear`'s sake and not used."""
         weight, bias = self.weight, self.bias
         plain = onto is None or type(onto) is torch.Tensor and onto.dtype in small.KINDS
-        if self.in_features < self.out_features and plain and small.takes(x, weight, bias):
+        size = x.numel() // self.in_features * self.out_features
+        if self.in_features < self.out_features and plain and small.takes(size, x, weight, bias):
             dtype = product_dtype(weight) if onto is None else onto.dtype
             return small.up(x, weight, bias, onto, relu, scale, dtype)
         y = nn.functional.linear((x.relu() if relu else x).to(weight.dtype), weight, bias)
@@ -186,7 +187,8 @@ class GaussianLinear(nn.Module):
                 x = x.expand(batch, *x.shape)
             mu, g = self.mu, self.g
             noise = small.random_numbers(x.shape[0] * sum(mu.shape), torch.int8, x.device), torch.randn_like(mu)
-            run = small.flipout if small.takes(x, mu, g, self.prior_mu, self.prior_sigma) else _Flipout.apply
+            in_c = small.takes(x.numel(), x, mu, g, self.prior_mu, self.prior_sigma)
+            run = small.flipout if in_c else _Flipout.apply
             y, self.kl = run(x, mu, g, self, product_dtype(mu), *noise)
         else:
             # Copies: autograd must not save the parameters themselves, whose storage ZeRO-3 frees after this forward.

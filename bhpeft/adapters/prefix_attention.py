@@ -173,7 +173,7 @@ def _merged(
     dropout, drawn, threshold = _drawn(query, length + key.shape[2], dropout if module.training else 0.0)
     mask = causal_mask(module, query, key, mask, is_causal)
     both = (query, key, value, prefix_key, prefix_value)
-    if small.takes(query, gate) and (mask is None or mask.dtype in (torch.bool, *small.KINDS)):
+    if small.takes(query.numel(), query, gate) and (mask is None or mask.dtype in (torch.bool, *small.KINDS)):
         output, weights = small.gated(*both, gate, mask, scaling, dropout, drawn, threshold)
         return output.transpose(1, 2), weights
     mask = widened(mask, length)

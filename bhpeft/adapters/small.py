@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SOURCES = ("small_rows.h", "small_matrices.c", "small_attention.c")
 # Not -ffast-math: it changes how the whole process rounds, and -inf in a mask must stay what it is.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
-LARGEST = 2**20  # numbers of an input, up to which one thread of C is faster
+LARGEST = 2**21  # numbers of an input times torch's threads, up to which C is faster: in one thread twice as fast
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 floats = functools.partial(torch.empty, dtype=torch.float32)
@@ -88,13 +88,18 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(names)}))
 
 
-def takes(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+def takes(size: int, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the functions here take these tensors: on a CPU, x in float32 or bfloat16 and not large, the parameters
     behind it whole and in float32; plain tensors, no subclasses; with gradients, and neither while torch compiles nor
     while something counts its operations or stands in for them. They know nothing of torch.func and of second
     derivatives.
+
+    Args:
+        size: numbers of what comes in or goes out, whichever is more.
     """
-    if type(x) is not torch.Tensor or not x.is_cpu or x.dtype not in KINDS or not 0 < x.numel() <= LARGEST:
+    if type(x) is not torch.Tensor or not x.is_cpu or x.dtype not in KINDS:
+        return False
+    if not 0 < size * torch.get_num_threads() <= LARGEST:
         return False
     for other in others:
         if other is None:
