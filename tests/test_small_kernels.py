@@ -160,6 +160,21 @@ def test_what_is_dropped_is_as_often_as_asked():
     assert abs(share - 0.1) < 1e-5 and abs((drawn < least).float().mean().item() - 0.1) < 2e-3
 
 
+def test_dropout_of_16_bits_drops_as_often_and_keeps_the_mean():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Dropout(0.0)).train()
+    small.use_short_dropout(model)
+    x = torch.ones(1000, 1000, requires_grad=True)
+    y = model(x)
+    by_x = torch.autograd.grad(y.sum(), x)[0]
+    assert torch.equal(y.detach(), by_x) and len(y.unique()) == 2
+    assert abs((y == 0).float().mean().item() - 0.1) < 1e-3 and abs(y.mean().item() - 1) < 1e-3
+    torch.manual_seed(3)
+    first = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, model(x)) and not torch.equal(first, model(x))
+    assert torch.equal(model.eval()(x), x)
+
+
 def test_numbers_that_are_none_are_not_hidden():
     layer = GaussianLinear(32, 4).train()
     for kind in KINDS:

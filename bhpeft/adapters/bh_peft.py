@@ -34,6 +34,7 @@ from bhpeft.adapters.sites import (
     PrefixUp,
     Site,
 )
+from bhpeft.adapters.small import use_short_dropout
 from bhpeft.errors import InputError
 
 PEFT_TYPE = "BH_PEFT"
@@ -127,6 +128,7 @@ class BhPeftModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: BhPeftConfig, adapter_name: str) -> None:
         """Put the prefix's source on the backbone. Not earlier: peft would take it for an adapter that was there
         before, and leave the base model as trainable as it found it."""
+        use_short_dropout(model)
         backbone = model.base_model
         if "prefix" not in config.sites or hasattr(backbone, "bh_source"):
             return

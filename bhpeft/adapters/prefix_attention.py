@@ -188,11 +188,11 @@ def _merged(
 def _drawn(query: torch.Tensor, total: int, dropout: float) -> tuple[float, torch.Tensor | None, int]:
     """A random number a weight, and the least that stays. Of 16 bits, for drawing takes longer than what it is for; the
     probability is the nearest that they can express, and is returned."""
-    threshold = round(dropout * 2**16)
-    if threshold == 0:
+    share, least = small.dropped_below(dropout)
+    if share == 0:
         return 0.0, None, 0
     count = query.shape[:3].numel() * total
-    return threshold / 2**16, small.random_numbers(count, torch.int16, query.device), threshold - 2**15
+    return share, small.random_numbers(count, torch.int16, query.device), least
 
 
 def causal_mask(
