@@ -132,8 +132,8 @@ def dropped_below(dropout: float) -> tuple[float, int]:
 
 
 class ShortDropout(torch.nn.Dropout):
-    """`torch.nn.Dropout`, on CPUs with a random number of 16 bits for each that torch draws of 64: in a small model
-    those are a twentieth of a step."""
+    """`torch.nn.Dropout`, on CPUs with 16 random bits a number, four to a draw: torch's own are a twentieth of a small
+    model's step."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x, some of it 0 and the rest larger for it, in training."""
