@@ -214,6 +214,15 @@ def test_multiple_choice_and_regression_heads():
     assert any(p.requires_grad for n, p in model.named_parameters() if "classifier" in n)
 
 
+def test_modes_reach_every_module():
+    model = get_peft_model(base_of("bert"), BhPeftConfig(bn_reduction_factor=8))  # the base in evaluation mode still
+    assert all(module.training for module in model.train().modules())
+    assert not any(module.training for module in model.eval().modules())
+    model.base_model.model.late = torch.nn.Dropout()
+    assert not any(module.training for module in model.eval().modules())
+    assert all(module.training for module in model.train().modules())
+
+
 def test_an_architecture_without_places_is_refused():
     with pytest.raises(InputError, match="'albert': BH-PEFT knows no places.*architectures.py"):
         adapted(AutoModelForSequenceClassification.from_config(AutoConfig.for_model("albert", num_hidden_layers=1)))

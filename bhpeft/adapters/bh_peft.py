@@ -102,6 +102,10 @@ class BhPeftModel(BaseTuner):
     prefix = "bh_"
     tuner_layer_cls = Site
 
+    def train(self, mode: bool = True) -> BhPeftModel:
+        """As any module's; a model that trains is not gone over again, for the Trainer asks in every step."""
+        return self if mode and self.training and self.model.training else super().train(mode)
+
     @staticmethod
     def _prepare_adapter_config(peft_config: BhPeftConfig, model_config: dict) -> BhPeftConfig:
         return peft_config
