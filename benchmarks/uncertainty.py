@@ -41,7 +41,7 @@ from benchmarks.slices import write_slices  # noqa: E402
 from benchmarks.uncertainty_table import draw, figures_of, tables  # noqa: E402
 from bhpeft.bayesianise import bayesianise  # noqa: E402
 from bhpeft.combine import combine  # noqa: E402
-from bhpeft.environment import hardware, library_versions  # noqa: E402
+from bhpeft.environment import bf16_in_hardware, hardware, library_versions  # noqa: E402
 from bhpeft.errors import InputError, run_main  # noqa: E402
 from bhpeft.files import write_atomic  # noqa: E402
 
@@ -49,7 +49,6 @@ PRECISION = "ACCELERATE_MIXED_PRECISION"
 SAMPLES = 10  # of the posterior, of dropout
 # What every run has in common, and what depends on how many rows there are to train on.
 COMMON = {
-    "bf16": True,  # twice as fast on CPUs that have it
     "max_length": 128, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "per_device_train_batch_size": 32,
     "train_sampling_strategy": "group_by_length", "save_strategy": "no", "logging_steps": 200,
 }  # fmt: skip
@@ -131,7 +130,7 @@ class Bench:
         results = self.folder / "results" / name
         settings |= {"base_model": self.flags.base_model, "labels": ["negative", "positive"], "seed": seed}
         settings |= {"run_name": "run", "results_dir": results, "overwrite": True, "disable_tqdm": True}
-        settings |= {"per_device_eval_batch_size": 32}
+        settings |= {"per_device_eval_batch_size": 32, "bf16": self.flags.precision == "bf16"}
         words = []
         for key, value in settings.items():
             words += [f"--{key}", *(value if isinstance(value, list) else [value])]
@@ -147,7 +146,8 @@ class Bench:
         settings = {"num_train_epochs": epochs_of(flags.train_rows), **settings}
         if flags.smoke:
             settings |= {"max_steps": SMOKE["max_steps"]}
-        key = json.dumps([settings, COMMON, slices.name, seed, str(flags.base_model)], sort_keys=True)
+        key = [settings, COMMON, slices.name, seed, str(flags.base_model), flags.precision]
+        key = json.dumps(key, sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
         folder = self.folder / "adapters" / name
         if not (folder / "seconds.json").is_file():
@@ -159,7 +159,7 @@ class Bench:
     def test(self, method: str, adapter: Path, seed: int, settings: dict) -> tuple[dict, Path]:
         """Answer the test rows, and those of another domain; the record, and the folder of predictions."""
         flags, slices = self.flags, self.slices(seed)
-        common = {name: COMMON[name] for name in ("max_length", "bf16")}
+        common = {"max_length": COMMON["max_length"]}
         settings = {"adapter_path": adapter, "do_train": False, **common, **settings}
         settings |= {"dataset_name": slices / "train.csv", "test_file": slices / self.parts[1]}
         if settings.get("fit_temperature"):
@@ -227,6 +227,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/uncertainty_ROWS.json")
     parser.add_argument("--work_folder", type=Path, help="where adapters and slices are kept (default: nowhere)")
     parser.add_argument("--again", action="store_true", help="repeat runs that the output file holds already")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if bf16_in_hardware() else "fp32",
+                        help="default: bf16 where this machine multiplies in it, else fp32")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
@@ -252,7 +254,7 @@ def slice_of(flags: argparse.Namespace) -> dict:
     """The base and the rows that a run is of, by their folders' names; runs of different ones stand side by side."""
     ood = flags.ood_data_path
     return {
-        "train_rows": flags.train_rows, "validation_rows": flags.validation_rows, "validation": flags.validation,
+        "precision": flags.precision, "train_rows": flags.train_rows, "validation_rows": flags.validation_rows, "validation": flags.validation,
         "reported_on": "validation" if flags.tune_on_validation else "dev", "smoke": flags.smoke,
         "base_model": Path(flags.base_model).name, "data": flags.data_path.resolve().name,
         "ood_data": None if ood is None else ood.resolve().name,

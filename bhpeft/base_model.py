@@ -22,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from bhpeft.adapters.small import use_short_gelu
 from bhpeft.environment import DTYPES
 from bhpeft.errors import InputError
 from bhpeft.frozen_linear import use_onednn
@@ -309,6 +310,7 @@ def _load(
             # forward and the shard comes back in the old layout: silently wrong from then on. (modules.py, forward)
             layer.support_avx512bf16_for_cpu = False
     use_onednn(model)
+    use_short_gelu(model)
     if is_deepspeed_zero3_enabled() and not in_4bit and not is_sharded(model):
         raise RuntimeError(f"{name}: ZeRO-3 is on, yet its weights are whole; is zero3_init_flag true?")
     return model, info

@@ -1,4 +1,4 @@
-"""Linear layers of a frozen base on CPUs that are not Intel's: by oneDNN, in the same fp32, at twice the speed.
+"""Linear layers of a frozen base on CPUs with AVX-512 that are not Intel's: by oneDNN, in fp32, at twice the speed.
 
 torch gives fp32 products to MKL, which takes a slower path where the vendor of the CPU is not Intel (pytorch/builder
 issue 504, pull request 1245). oneDNN, which comes with torch too and does its bf16 products, goes by what the CPU can
@@ -74,14 +74,14 @@ class FrozenConv1D(Conv1D):
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether there is an x86 CPU that is not Intel's, with AVX2 at least, and oneDNN."""
+    """Whether there is an x86 CPU that is not Intel's, with AVX-512, and oneDNN."""
     try:
         intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux: nothing known
         return False
     able = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     able = able and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return able and not intel and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return able and not intel and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def use_onednn(model: nn.Module) -> None:

@@ -96,10 +96,16 @@ class AdapterTrainer(Trainer):
         again and again was up to a twentieth of a small model's time."""
         gc.collect()
         gc.freeze()
+        self.model.zero_grad = self._drop_gradients
         try:
             return super().train(*args, **kwargs)
         finally:
+            del self.model.zero_grad
             gc.unfreeze()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean NLL + kl_weight * KL / N + l2_weight / 2 |theta - theta_0|^2, N training rows: one scalar, one backward
@@ -159,7 +165,7 @@ class AdapterTrainer(Trainer):
             self._terms["nll_grad_norm"].append(nll_gradient_norm(self.gaussian) / self._scale * self._parts)
         return loss
 
-    # The Trainer goes over all modules of the model for either of these, in every step.
+    # The Trainer goes over all modules of the model for any of these (and for zero_grad), in every step.
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         """6 x tokens x weights but those of embeddings (Kaplan et al. 2020, arXiv 2001.08361), as the Trainer's."""

@@ -140,24 +140,27 @@ def test_an_adapter_is_not_written_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "available", "precision", "told"),
+    ("asked", "available", "slow", "precision", "told"),
     [
-        ("no", {"bf16"}, "no", False),
-        ("fp16", {"fp16", "bf16"}, "fp16", False),
-        ("fp16", {"bf16"}, "bf16", True),
-        ("bf16", {"fp16"}, "fp16", True),
+        ("no", {"bf16"}, {}, "no", False),
+        ("fp16", {"fp16", "bf16"}, {}, "fp16", False),
+        ("fp16", {"bf16"}, {}, "bf16", True),
+        ("bf16", {"fp16"}, {}, "fp16", True),
+        ("bf16", {"bf16"}, {"bf16"}, "bf16", True),
+        ("fp16", {"bf16"}, {"bf16"}, "no", True),
     ],
 )
-def test_precision_is_the_one_asked_for_or_said(asked, available, precision, told):
-    chosen, notes = environment.choose_precision(asked, available)
+def test_precision_is_the_one_asked_for_or_said(asked, available, slow, precision, told):
+    chosen, notes = environment.choose_precision(asked, available, frozenset(slow))
     assert chosen == precision and len(notes) == told and all(asked in note for note in notes)
 
 
 def test_precision_reaches_the_trainer():
     run = parse_arguments([*BASE, "--bf16"])
     assert run.precision == "bf16" and run.training.bf16 and run.training.mixed_precision == "bf16"
-    run = parse_arguments([*BASE, "--fp16"])  # without DeepSpeed a CPU trains in bf16
-    assert run.precision in ("fp16", "bf16") and run.training.mixed_precision == run.precision
+    run = parse_arguments([*BASE, "--fp16"])  # without DeepSpeed a CPU trains in bf16, if it multiplies in it
+    assert run.precision == "fp16" or run.precision == ("bf16" if environment.bf16_in_hardware() else "no")
+    assert run.training.mixed_precision == run.precision
     assert bool(run.notes) == (run.precision != "fp16")
 
 

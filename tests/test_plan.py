@@ -199,26 +199,24 @@ def test_the_cut_is_the_best_that_fits():
     assert "--load_in_4bit" in Advice(Layout("bf16", True), 2, 6, False, StepCost(0, 0, 0)).flags
 
 
-def test_llama_13b_is_planned_in_seconds_from_its_configuration_alone(tmp_path):
+def test_llama_13b_is_planned_from_its_configuration_alone(tmp_path):
     folder = tmp_path / "llama-13b"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA_13B))
     script = (
-        "import json, pathlib, resource, sys; sys.argv[1:1] = []\n"
+        "import pathlib, sys; sys.argv[1:1] = []\n"
         "from parameter_efficient_fine_tuning import main\n"
-        "main(sys.argv[1:]); used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "main(sys.argv[1:])\n"
         # Not ru_maxrss, which begins with the memory of the process that started this one.
         "status = pathlib.Path('/proc/self/status').read_text()\n"
-        "peak = int(status.split('VmHWM:')[1].split()[0])\n"
-        "print(json.dumps([used.ru_utime + used.ru_stime, peak / 2**20]))"
+        "print(int(status.split('VmHWM:')[1].split()[0]) / 2**20)"
     )
     flags = ["--config", ROOT / "recipes/qlora_llama2_sst2.yaml", "--base_model", folder, "--adapter_name", "lora"]
     flags += ["--plan", "--bf16", "--gpu_memory", 12, "--cpu_memory", 64, "--link_gbps", 25, "--flops", 3e14]
     flags += ["--batch_size", 1, "--eval_batch_size", 1, "--plan_json", tmp_path / "plan.json", "--plan_ranks", 1, 2]
     done = run_command([sys.executable, "-c", script, *flags], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    seconds, gib = json.loads(done.stdout.splitlines()[-1])
-    assert seconds < 15 and gib < 2  # processor time; 8 to 10 s where this was written
+    assert json.loads(done.stdout.splitlines()[-1]) < 2  # GiB
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-13b", "plan.json"]  # nothing else was written
 
     plan = json.loads((tmp_path / "plan.json").read_text())

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.activations import ACT2FN
 
 from bhpeft.adapters import small
 from bhpeft.adapters.gaussian import GaussianLinear, LowRank, PointLinear
@@ -99,6 +100,30 @@ def test_a_low_rank_pair_adds_to_what_it_is_given(monkeypatch):
     alone = pair(x)
     torch.manual_seed(0)
     assert torch.allclose(pair(x, onto=base), base + alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1,), (3, 171), (2, 8, 384)])
+def test_gelu_in_c_is_that_of_torch(shape, kind, monkeypatch):
+    torch.manual_seed(3)
+    x = (3 * torch.randn(shape)).to(kind).requires_grad_()
+    in_both(lambda x: (small.ShortGelu()(x) if x.dtype == kind else torch.nn.functional.gelu(x),), [x], kind, monkeypatch)
+
+
+def test_gelu_in_c_far_out_and_at_nothing():
+    x = torch.tensor([-1e30, -20.0, -6.0, -0.0, 0.0, 1e-20, 6.0, 1e30, float("nan")], requires_grad=True)
+    expected = torch.nn.functional.gelu(x)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    found = small.ShortGelu()(x)
+    (own,) = torch.autograd.grad(found.sum(), x)
+    assert torch.allclose(found, expected, atol=1e-7, equal_nan=True)
+    assert torch.allclose(own, slope, atol=1e-6, equal_nan=True)
+
+
+def test_a_base_takes_the_short_gelu_for_its_exact_ones_alone():
+    model = torch.nn.ModuleList([ACT2FN["gelu"], ACT2FN["gelu_new"], ACT2FN["gelu_python"], torch.nn.GELU()])
+    small.use_short_gelu(model)
+    assert [type(module) is small.ShortGelu for module in model] == [True, False, False, False]
 
 
 def attention(kind, heads=4, kv_heads=4, length=9, text=9, width=24, size=1.0):

@@ -23,17 +23,6 @@ typedef struct {
 
 typedef int16_t svec __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 
-/* e^x, to 1e-7; 0 below the least normal number. */
-INLINE vec exponential(vec x) {
-    const float magic = 12582912; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
-    vec shifted = x * 1.44269504f + magic, whole = shifted - magic;
-    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vec y = (((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
-              1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r + r + 1;
-    ivec power = (((ivec)shifted - 0x4b400000) + 127) << 23;
-    return (vec)((ivec)(y * (vec)power) & ~(x < -87.0f));
-}
-
 INLINE vec larger(vec a, vec b) {
     ivec first = a > b;
     return (vec)(((ivec)a & first) | ((ivec)b & ~first));

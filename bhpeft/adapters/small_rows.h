@@ -1,5 +1,5 @@
-/* What `small_matrices.c` and `small_attention.c` are made of: rows of float32 out of tensors of float32 or bfloat16 (`kind`
-   0 or 1) and back, and products of small matrices in float32. Vectors are as wide as the CPU's. */
+/* What the C files here are made of: rows of float32 out of tensors of float32 or bfloat16 (`kind` 0 or 1) and back,
+   products of small matrices in float32, and e^x. Vectors are as wide as the CPU's. */
 
 #ifndef BHPEFT_SMALL_ROWS
 #define BHPEFT_SMALL_ROWS
@@ -169,6 +169,17 @@ static void dots(size rows, size columns, size n, const float *x, size ldx, cons
         }
         c += taken;
     }
+}
+
+/* e^x, to 1e-7; 0 below the least normal number. */
+INLINE vec exponential(vec x) {
+    const float magic = 12582912; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
+    vec shifted = x * 1.44269504f + magic, whole = shifted - magic;
+    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec y = (((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+              1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r + r + 1;
+    ivec power = (((ivec)shifted - 0x4b400000) + 127) << 23;
+    return (vec)((ivec)(y * (vec)power) & ~(x < -87.0f));
 }
 
 #endif

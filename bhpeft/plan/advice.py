@@ -69,6 +69,8 @@ def cut(
     Returns:
         None if not even one row fits.
     """
+    if not fits(layout, StepCost(0, 0, 0)):  # not even what lies there between steps: no step is looked at
+        return None
     plain = _largest(layout, rows, False, cost, fits)
     if plain and (plain.rows == rows or enough(layout, plain.rows, plain.cost)):
         return plain
