@@ -254,7 +254,8 @@ def slice_of(flags: argparse.Namespace) -> dict:
     """The base and the rows that a run is of, by their folders' names; runs of different ones stand side by side."""
     ood = flags.ood_data_path
     return {
-        "precision": flags.precision, "train_rows": flags.train_rows, "validation_rows": flags.validation_rows, "validation": flags.validation,
+        "precision": flags.precision, "train_rows": flags.train_rows, "validation_rows": flags.validation_rows,
+        "validation": flags.validation,
         "reported_on": "validation" if flags.tune_on_validation else "dev", "smoke": flags.smoke,
         "base_model": Path(flags.base_model).name, "data": flags.data_path.resolve().name,
         "ood_data": None if ood is None else ood.resolve().name,

@@ -94,6 +94,12 @@ def test_gradient_norms_of_nll_and_kl_are_logged_apart(tiny_model, tmp_path, acc
     assert seen["kl_term"] == pytest.approx(50.0 * seen["kl"] / rows / accumulation, rel=1e-3)
 
 
+def test_no_gradient_is_left_behind_a_step_and_the_model_is_as_before(tiny_model, tmp_path):
+    found, model, _ = gradients(tiny_model, tmp_path, batch=4, accumulation=2, kl_weight=1.0)
+    assert found and all(parameter.grad is None for parameter in model.parameters())
+    assert "zero_grad" not in vars(model)
+
+
 def test_evaluation_has_no_kl(tiny_model):
     settings = {"adapter_name": "bh-peft", "prefix_length": 4, "bn_reduction_factor": 8}
     model = attach_adapter(load_base_model(str(tiny_model)), AdapterArguments(**settings), str(tiny_model)).eval()

@@ -2,9 +2,9 @@
 
 Matrices of 2 to 12 rows, and attention within short texts, take torch longer to dispatch than to compute: on MiniLM
 with batches of 8 sentences that was a quarter of BH-PEFT's step. `small_matrices.c` and `small_attention.c` have them,
-and `small_gelu.c` the base's GELU, forward and backward, for float32 and bfloat16, in one thread, with float32 sums. They are compiled at first use (a
-second) into torch's folder of extensions. Where there is no compiler, and for whatever `takes` refuses, torch's
-operations stay. Random numbers are torch's in both, and the same ones.
+and `small_gelu.c` the base's GELU, forward and backward, for float32 and bfloat16, in one thread, with float32 sums.
+They are compiled at first use (a second) into torch's folder of extensions. Where there is no compiler, and for
+whatever `takes` refuses, torch's operations stay. Random numbers are torch's in both, and the same ones.
 """
 
 from __future__ import annotations
