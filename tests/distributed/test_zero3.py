@@ -36,8 +36,8 @@ def test_the_shipped_configuration_shards_and_offloads(train, tmp_path, monkeypa
         assert (seen["offload_param"], seen["offload_optimizer"]) == ("cpu", "cpu")
         assert seen["optimizer"] == "DeepSpeedCPUAdam" and seen["state_devices"] == ["cpu"]
         assert seen["shard_devices"] == ["cpu"] and seen["clipping"] == 1.0
-        half = "torch.bfloat16" if "using bf16 instead" in finished.stdout else "torch.float16"
-        assert seen["dtype"] == half
+        others = {"using bf16 instead": "torch.bfloat16", "using fp32 instead": "torch.float32"}
+        assert seen["dtype"] == next((t for note, t in others.items() if note in finished.stdout), "torch.float16")
 
 
 def test_two_ranks_train_save_whole_reload_and_answer_as_one(train, tmp_path, sharded_launcher):
