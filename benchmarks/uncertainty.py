@@ -146,8 +146,8 @@ class Bench:
         settings = {"num_train_epochs": epochs_of(flags.train_rows), **settings}
         if flags.smoke:
             settings |= {"max_steps": SMOKE["max_steps"]}
-        key = [settings, COMMON, slices.name, seed, str(flags.base_model), flags.precision]
-        key = json.dumps(key, sort_keys=True)
+        on = [slices.name, seed, str(flags.base_model), flags.precision]
+        key = json.dumps([settings, COMMON, *on], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
         folder = self.folder / "adapters" / name
         if not (folder / "seconds.json").is_file():

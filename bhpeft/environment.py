@@ -162,7 +162,7 @@ def choose_precision(asked: str, available: set[str], slow: frozenset[str] = fro
     if asked not in DTYPES:
         raise InputError(f"mixed precision {asked!r}: unknown here; choose no, fp16 or bf16")
     if asked in available:
-        return asked, [f"{asked} is emulated on this CPU, many times slower than fp32: better without"]
+        return asked, [f"{asked} is emulated on this CPU, which is slower than fp32: better without"]
     other = "bf16" if asked == "fp16" else "fp16"
     other = "no" if other in slow else other
     return other, [f"{asked} cannot be trained in on this device: using {'fp32' if other == 'no' else other} instead"]
