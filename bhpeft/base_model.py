@@ -22,9 +22,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from bhpeft.adapters.small import use_short_gelu
+from bhpeft.adapters.prefix_attention import use_short_attention
+from bhpeft.adapters.small import use_short_dropout, use_short_gelu
 from bhpeft.environment import DTYPES
 from bhpeft.errors import InputError
+from bhpeft.first_token import read_first_token_alone
 from bhpeft.frozen_linear import use_onednn
 
 HEADS = {
@@ -240,6 +242,9 @@ def load_with_head(
         settings = {}
     auto = HEADS[task_type]
     model, info = _load(auto, name, precision, in_4bit, revision, attn_implementation, dropout, **settings)
+    if is_encoder(model.config):
+        read_first_token_alone(model)
+        use_short_attention(model)
     model.config.pad_token_id = pad_token_id  # the one that batches are padded with, whatever the checkpoint says
     mismatched = {key[0] for key in info["mismatched_keys"]}  # a head that was made for other labels: begun afresh
     modules = head_modules(model, {*info["missing_keys"], *mismatched})
@@ -311,6 +316,7 @@ def _load(
             layer.support_avx512bf16_for_cpu = False
     use_onednn(model)
     use_short_gelu(model)
+    use_short_dropout(model)
     if is_deepspeed_zero3_enabled() and not in_4bit and not is_sharded(model):
         raise RuntimeError(f"{name}: ZeRO-3 is on, yet its weights are whole; is zero3_init_flag true?")
     return model, info

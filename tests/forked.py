@@ -7,6 +7,7 @@ with it. The launchers themselves are run by the tests that ask for it (`real=Tr
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -43,14 +44,18 @@ def split(words: list[str]) -> tuple[list[str], str, list[str]] | None:
 
 
 def run(words: list[str], cwd: Path, timeout: float, environment: dict[str, str]) -> subprocess.CompletedProcess:
-    """As `subprocess.run(words, capture_output=True, text=True)`; the first rank to fail ends the others."""
+    """As `subprocess.run(words, capture_output=True, text=True)`; the first rank to fail ends the others.
+
+    One that has not ended after `timeout` seconds is an AssertionError with what it said, and where it hung.
+    """
     launcher, script, flags = split(words)
     ranks = [environment] if launcher == [sys.executable] else _rank_environments(launcher, environment)
     os.environ["PYTHONPATH"] = environment["PYTHONPATH"]  # read by the server, which starts with the first run
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         said = [f"{folder}/stdout", f"{folder}/stderr"]
-        children = [_server.Process(target=_child, args=(script, flags, str(cwd), rank, said)) for rank in ranks]
+        given = [(script, flags, str(cwd), rank, said, timeout) for rank in ranks]
+        children = [_server.Process(target=_child, args=one) for one in given]
         for child in children:
             child.start()
         until = time.monotonic() + timeout
@@ -59,7 +64,8 @@ def run(words: list[str], cwd: Path, timeout: float, environment: dict[str, str]
                 children[0].join(0.05)
                 time.sleep(0.05)
                 if time.monotonic() > until:
-                    raise subprocess.TimeoutExpired(words, timeout, *(Path(path).read_text() for path in said))
+                    shown = "\n".join(Path(path).read_text()[-6000:] for path in said)
+                    raise AssertionError(f"not ended after {timeout} s: {' '.join(words)}\n{shown}")
         finally:
             for child in children:
                 child.kill() if child.exitcode is None else None
@@ -68,9 +74,12 @@ def run(words: list[str], cwd: Path, timeout: float, environment: dict[str, str]
         return subprocess.CompletedProcess(words, code, *(Path(path).read_text() for path in said))
 
 
-def _child(script: str, flags: list[str], cwd: str, environment: dict[str, str], said: list[str]) -> None:
+def _child(
+    script: str, flags: list[str], cwd: str, environment: dict[str, str], said: list[str], timeout: float
+) -> None:
     for descriptor, path in zip((1, 2), said, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    faulthandler.dump_traceback_later(timeout * 0.95)  # a hang says where, in stderr
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from bhpeft.adapters import small
 from bhpeft.adapters.gaussian import GaussianLinear, LowRank, PointLinear
-from bhpeft.adapters.prefix_attention import _drawn, _merged
+from bhpeft.adapters.prefix_attention import _alone, _drawn, _merged
 
 pytestmark = pytest.mark.skipif(small.library() is None, reason="no C compiler")
 KINDS = [torch.float32, torch.bfloat16]
@@ -160,6 +160,48 @@ def test_gated_attention_in_c_is_that_of_torch(masked, heads, kv_heads, width, d
         "by head": torch.randn(1, heads, 9, 9).to(kind),
     }.get(masked)
     in_both(attend(mask, dropout, masked == "causal"), attention(kind, heads, kv_heads, width=width), kind, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", ["not", "bool", "added"])
+def test_attention_without_a_prefix_in_c_is_torchs_own(masked, kind, monkeypatch):
+    """Dropout so small that nothing is dropped: `torch.nn.functional` draws other numbers."""
+    monkeypatch.setattr(small, "dropped_below", lambda dropout: (dropout, -(2**15)))
+    seen = torch.ones(3, 1, 9, 9, dtype=torch.bool)
+    seen[1:, ..., 6:] = False
+    added = torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)
+    mask = {"bool": seen, "added": added}.get(masked)
+    module = torch.nn.Module().train()
+    module.is_causal = False
+    query, key, value = (tensor.transpose(1, 2) for tensor in attention(kind)[:3])
+    output, weights = _alone(module, query, key, value, mask, dropout=1e-9)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    close(output.detach(), expected.detach(), kind)
+    assert torch.allclose(weights.sum(-1), torch.ones(3, 4, 9), atol=1e-5)
+    by = torch.randn(expected.shape)
+    found, wanted = (torch.autograd.grad((o.float() * by).sum(), [query, key, value]) for o in (output, expected))
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other, kind)
+
+
+def test_what_is_dropped_of_attention_without_a_prefix_is_as_often_as_asked():
+    query, key, value = (tensor.transpose(1, 2) for tensor in attention(torch.float32, length=200, text=200)[:3])
+    module = torch.nn.Module().train()
+    module.is_causal = False
+    torch.manual_seed(0)
+    output, _ = _alone(module, query, key, torch.ones_like(value), None, dropout=0.1)
+    assert abs(output.mean().item() - 1) < 5e-3 and output.std().item() > 0.01
+
+
+def test_attention_without_a_prefix_is_torchs_where_c_does_not_go():
+    query, key, value = (tensor.transpose(1, 2) for tensor in attention(torch.float32)[:3])
+    module = torch.nn.Module().train()
+    assert _alone(module, query, key, value, None, dropout=0.1) is None  # causal, as far as it says
+    module.is_causal = False
+    assert _alone(module, query, key, value, None, dropout=0.0) is None
+    assert _alone(module, query, key, value, None, dropout=0.1, is_causal=True) is None
+    assert _alone(module, query.double(), key.double(), value.double(), None, dropout=0.1) is None
+    assert _alone(module.eval(), query, key, value, None, dropout=0.1) is None
 
 
 def test_one_query_over_a_longer_text_in_c(monkeypatch):

@@ -8,7 +8,8 @@
 Every current transformers model calls the function that `config._attn_implementation` names, with its attention module
 first. The functions registered here look for a `bh_prefix` on that module and call the model's own implementation
 around it: sdpa twice, for the text and for both. Where attention is "eager", both come of one product (`_merged`).
-Positions and the KV cache stay as they are: the prefix is put before what the cache returns, each time.
+Positions and the KV cache stay as they are: the prefix is put before what the cache returns, each time. An encoder
+without a prefix calls them too: on CPUs dropout keeps torch from fused attention, and C takes its place (`_alone`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from bhpeft.adapters import small
 from bhpeft.errors import InputError
 
 SUPPORTED = ("sdpa", "eager")
+
+
+def use_short_attention(model: nn.Module) -> None:
+    """Let an encoder train by `_alone` where it can, on CPUs."""
+    if model.config._attn_implementation in SUPPORTED and not torch.cuda.is_available():
+        use_prefix_attention(model)
 
 
 def use_prefix_attention(model: nn.Module) -> None:
@@ -59,11 +66,12 @@ def _attend(name: str):
         prefix = site(query.shape[0]) if site is not None else None
         if name == "eager" and prefix is not None and prefix[2] is not None:
             return _merged(module, query, key, value, attention_mask, prefix, **kwargs)
-        output, weights = None, None
-        if prefix is None or prefix[2] is not None:
-            output, weights = base(module, query, key, value, attention_mask, **kwargs)
         if prefix is None:
-            return output, weights
+            found = _alone(module, query, key, value, attention_mask, **kwargs)
+            return base(module, query, key, value, attention_mask, **kwargs) if found is None else found
+        output, weights = None, None
+        if prefix[2] is not None:
+            output, weights = base(module, query, key, value, attention_mask, **kwargs)
         prefix_key, prefix_value, gate = prefix
         mask = causal_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
         mask = widened(mask, prefix_key.shape[2])
@@ -182,6 +190,35 @@ def _merged(
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     with torch.autocast(query.device.type, enabled=False):  # dtypes are settled here, in both directions alike
         output, weights = _Gated.apply(query, keys, values, gate, mask, length, scaling, dropout, drawn, threshold)
+    return output.transpose(1, 2), weights
+
+
+def _alone(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attention over the text alone in C, which is `_merged` with a prefix of no rows; else None.
+
+    For small inputs with dropout, which keeps torch from its fused attention on CPUs; with masks that leave every query
+    a key, as encoders have them.
+    """
+    if not dropout or not module.training or getattr(module, "is_causal", True) or is_causal:
+        return None
+    if not small.takes(query.numel(), query) or key.dtype != query.dtype or value.dtype != query.dtype:
+        return None
+    if mask is not None and mask.dtype not in (torch.bool, *small.KINDS):
+        return None
+    nothing, gate = key[:, :, :0], torch.zeros(query.shape[1])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    drawn = _drawn(query, key.shape[2], dropout)
+    output, weights = small.gated(query, key, value, nothing, nothing, gate, mask, scaling, *drawn)
     return output.transpose(1, 2), weights
 
 
