@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,3 +147,13 @@ def in_turns(part: str, methods: dict[str, Callable[[], dict]], repeats: int) ->
 def record_of(results: Path, run_name: str) -> dict:
     """What a run of the trainer has written of itself."""
     return json.loads((results / "metrics" / f"{run_name}.json").read_text(encoding="utf-8"))
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that began it is gone: a pool does not see to that where a signal ended it."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import parameter_efficient_fine_tuning as trainer_script  # noqa: E402
+from benchmarks.processes import end_with_parent  # noqa: E402
 from benchmarks.slices import write_slices  # noqa: E402
 from benchmarks.uncertainty_table import draw, figures_of, tables  # noqa: E402
 from bhpeft.bayesianise import bayesianise  # noqa: E402
@@ -295,7 +296,7 @@ def in_parts(flags: argparse.Namespace, folder: Path, missing: list[tuple[int, s
         Bench(flags, folder).slices(seed)
     # Begun anew, so that they take this number of threads, which torch reads when it is loaded.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // flags.jobs))
-    with ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         tasks = {pool.submit(run_together, flags, folder, seed, group): seed for (seed, _), group in groups.items()}
         for task in as_completed(tasks):
             yield from ((tasks[task], *found) for found in task.result())

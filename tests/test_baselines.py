@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -404,6 +408,38 @@ def test_two_jobs_find_what_one_finds(little_sst2, tiny_encoder, tmp_path):
         found[jobs] = {run["method"]: (run["accuracy"], round(run["nll"], 3)) for run in record["runs"]}
     assert found["1"] == found["2"] and len(found["1"]) == 3
     assert found["1"]["map"] != found["1"]["mc-dropout"]
+
+
+def test_workers_end_with_the_benchmark_that_began_them(tmp_path):
+    """A SIGTERM ends the benchmark before its pool can be closed."""
+    script = tmp_path / "pool.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from benchmarks.processes import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, get_context('spawn'), initializer=end_with_parent) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 60)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    with open(tmp_path / "said", "w") as said:  # a pipe would wait for the worker
+        done = subprocess.run([sys.executable, script], timeout=60, stdout=said, check=False)
+    assert done.returncode == -signal.SIGTERM
+    worker = int((tmp_path / "said").read_text())
+    until = time.monotonic() + 20
+    while lives(worker) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not lives(worker)
+
+
+def lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_benchmark_of_rounds_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_path, capsys, monkeypatch):
