@@ -46,6 +46,7 @@ docs: .venv/docs-ready
 
 .venv/test-ready: .venv/ready requirements-test.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(RUN) python tests/compile_deepspeed.py
 	touch $@
 
 .venv/docs-ready: .venv/ready requirements-docs.txt
