@@ -329,10 +329,10 @@ def test_a_regression_is_reported_in_the_labels_units(train, tiny_encoder, tmp_p
     rows = [(q, 50 + 10 * i) for i, (q, _) in enumerate(statement_rows())]
     (tmp_path / "rows.csv").write_text("text_input,text_label\n" + "".join(f"{q},{n}\n" for q, n in rows))
     data = ["--base_model", tiny_encoder, "--dataset_name", tmp_path / "rows.csv"]
-    learns = ["--lr", 1e-2, "--epochs", 60, "--adapter_name", "bh-peft", "--kl_weight", 1e-3, "--seed", 1]
+    learns = ["--lr", 1e-2, "--epochs", 60, "--adapter_name", "bh-peft", "--kl_weight", 1e-3, "--base_dropout", 0]
     train("--save_strategy", "no", *learns, "--bn_reduction_factor", 8, "--run_name", "r", data=data)
     record = read_metrics(tmp_path / "results/metrics/r.json")
-    assert record["task_type"] == "regression" and record["metrics"]["r2"] > 0.3
+    assert record["task_type"] == "regression" and record["metrics"]["r2"] > 0.9
     table = read_predictions(tmp_path / "results/predictions/r.csv")
     assert record["metrics"]["rmse"] == pytest.approx(math.sqrt(((table["label"] - table["prediction"]) ** 2).mean()))
     card = json.loads((tmp_path / "adapter/task.json").read_text())
