@@ -8,6 +8,11 @@ The way of the data: recipe and flags -> task -> frozen base -> adapter -> train
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until main begins: an eighth of the imports' time, and nothing that they make is garbage
+
 from bhpeft.early import check_early
 from bhpeft.errors import InputError, run_main
 
@@ -233,5 +238,7 @@ def settle_4bit(run: Run) -> bool:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     run_main(main)
     environment.leave_together()

@@ -180,6 +180,32 @@ def test_more_layers_are_extended_exactly(tmp_path, monkeypatch, adapter="bh-pef
     assert costs == [step.train(4), step.train(4, True), step.predict(4, 2)]
 
 
+@pytest.mark.parametrize("adapter", ["lora", "bh-peft"])
+def test_rows_between_two_steps_are_extended_exactly(tiny_model, adapter):
+    ask = [(7, False), (5, False), (7, True)]
+    steps = []
+    for _ in range(2):
+        model, _, *rest = planned(tiny_model, "--adapter_name", adapter)
+        steps.append(FakeStep(model, *rest, 32))
+    between, each = steps
+    run = []
+    real = between._at_depths
+    between._at_depths = lambda depths, kind, rows, *how: (run.append(rows), real(depths, kind, rows, *how))[1]
+    for checkpointing in (False, True):
+        between.train(12, checkpointing)
+    assert [between.train(*how) for how in ask] == [each.train(*how) for how in ask]
+    assert between.predict(12) and between.predict(7, 0) == each.predict(7, 0)
+    assert 5 not in run and (adapter == "bh-peft" or run == [12, 12, 2, 2, 12, 2])  # nor is 7, of LoRA
+
+
+def test_rows_between_steps_of_other_moments_are_run():
+    known = {2: (StepCost(20, 2, 4), [(5, 9)]), 6: (StepCost(60, 6, 12), [(5, 9)])}
+    assert plan_step._interpolated(known, 3) == StepCost(30, 3, 6)
+    assert plan_step._interpolated(known, 7) is None and plan_step._interpolated(known, 1) is None
+    known[6] = (StepCost(60, 6, 12), [(6, 9)])
+    assert plan_step._interpolated(known, 3) is None
+
+
 def test_the_cut_is_the_best_that_fits():
     layout = Layout("bf16")
 

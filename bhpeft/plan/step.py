@@ -6,7 +6,8 @@ the architecture, the adapter, or checkpointing, without a formula for any of th
 inside, and what an allocator wastes between tensors.
 
 A stack of equal layers is run at two small depths and extended in proportion, for the peak and the operations are
-linear in depth.
+linear in depth. So they are in rows: what lives at any moment is, and of two batches that are fullest at the same one
+all between are fullest there too (the most of linear functions is convex), so that these are not run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from bhpeft.adapters.bh_peft import gaussian_layers, kl_divergence, kl_gradient_
 from bhpeft.plan.model import Question
 
 TRAIN_DEPTHS, PREDICT_DEPTHS = (1, 2), (2, 3)  # numbers of layers that are really run where a model has more
+FEW = 2  # rows: one alone goes other ways, for what is as wide as 1 is spread in place of copied
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.vocabulary = vocabulary
         self.living = self.living_logits = self.flops = 0
-        self.peak = self.peak_logits = 0
+        self.peak = self.peak_logits = self.peak_at = 0
+        self.operations = 0
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.operations += 1
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
@@ -64,6 +68,11 @@ class _Counter(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)
         return out
+
+    @property
+    def when(self) -> tuple[int, int]:
+        """The operation at which most lived, of how many."""
+        return self.peak_at, self.operations
 
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -76,7 +85,7 @@ class _Counter(TorchDispatchMode):
         self.living_logits += logits
         weakref.finalize(storage, self._free, size, logits)
         if self.living > self.peak:
-            self.peak, self.peak_logits = self.living, self.living_logits
+            self.peak, self.peak_logits, self.peak_at = self.living, self.living_logits, self.operations
 
     def _free(self, size: int, logits: int) -> None:
         self.living -= size
@@ -99,7 +108,7 @@ class FakeStep:
         self.dtype = next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
         # A model without a stack of equal layers is run whole.
         self.whole = self.layers is None or self.depth <= max(PREDICT_DEPTHS)
-        self._found: dict[tuple, StepCost] = {}
+        self._found: dict[tuple, dict[int, tuple[StepCost, list]]] = {}  # by kind of step, then by rows; when fullest
         self._fake = FakeTensorMode()
         if not self.whole:
             del self.layers[max(PREDICT_DEPTHS) :]
@@ -112,32 +121,41 @@ class FakeStep:
         Args:
             autocast: as the Trainer has it in half precision without DeepSpeed; with DeepSpeed nothing is cast.
         """
-        return self._at_depths(TRAIN_DEPTHS, ("train", rows, checkpointing, autocast), self._train)
+        return self._cost(TRAIN_DEPTHS, self._train, rows, checkpointing, autocast)
 
     def predict(self, rows: int, samples: int = 0, autocast: bool = False) -> StepCost:
         """One forward pass without gradient over `rows` rows, each under `samples` posterior samples."""
-        return self._at_depths(PREDICT_DEPTHS, ("predict", rows, samples, autocast), self._predict)
+        return self._cost(PREDICT_DEPTHS, self._predict, rows, samples, autocast)
 
-    def _at_depths(self, depths: tuple[int, int], key: tuple, run) -> StepCost:
-        if key in self._found:
-            return self._found[key]
+    def _cost(self, depths: tuple[int, int], run, rows: int, *how) -> StepCost:
+        known = self._found.setdefault((run.__name__, *how), {})
+        if rows not in known and FEW < rows < max(known, default=0) and FEW not in known:
+            known[FEW] = self._at_depths(depths, run, FEW, *how)
+        if rows not in known and (between := _interpolated(known, rows)):
+            return between
+        if rows not in known:
+            known[rows] = self._at_depths(depths, run, rows, *how)
+        return known[rows][0]
+
+    def _at_depths(self, depths: tuple[int, int], run, *how) -> tuple[StepCost, list]:
         if self.whole:
-            self._found[key] = run(*key[1:])
-            return self._found[key]
-        stack, costs = list(self.layers), []
+            cost, when = run(*how)
+            return cost, [when]
+        stack, found = list(self.layers), []
         for depth in depths:
             del self.layers[:]
             self.layers.extend(stack[:depth])
-            costs.append(run(*key[1:]))
+            found.append(run(*how))
         del self.layers[:]
         self.layers.extend(stack)
-        (low, high), more = costs, self.depth - depths[1]
-        self._found[key] = StepCost(
+        (low, _), (high, _) = found
+        more = self.depth - depths[1]
+        cost = StepCost(
             high.peak + more * (high.peak - low.peak), high.logits, high.flops + more * (high.flops - low.flops)
         )
-        return self._found[key]
+        return cost, [when for _, when in found]
 
-    def _train(self, rows: int, checkpointing: bool, autocast: bool) -> StepCost:
+    def _train(self, rows: int, checkpointing: bool, autocast: bool) -> tuple[StepCost, tuple]:
         self.model.train()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renames both; the new names are newer
@@ -145,6 +163,7 @@ class FakeStep:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             elif checkpointing != self.model.is_gradient_checkpointing:
                 self.model.gradient_checkpointing_disable()
+                self.model.disable_input_require_grads()  # which enabling it asks for, of an adapted model
         with self._fake:
             trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             for parameter in trainable:
@@ -160,10 +179,10 @@ class FakeStep:
                     kl_gradient_norm(gaussian_layers(self.model))
                 loss.backward()
                 del loss, kl
-        return StepCost(counter.peak, counter.peak_logits, counter.flops)
+        return StepCost(counter.peak, counter.peak_logits, counter.flops), counter.when
 
     @torch.no_grad()
-    def _predict(self, rows: int, samples: int, autocast: bool) -> StepCost:
+    def _predict(self, rows: int, samples: int, autocast: bool) -> tuple[StepCost, tuple]:
         self.model.eval()
         with self._fake:
             layers = gaussian_layers(self.model) if samples else []
@@ -177,7 +196,7 @@ class FakeStep:
             noise = sum(layer.eps.numel() * 4 for layer in layers)
             for layer in layers:
                 layer.eps = None
-        return StepCost(counter.peak + noise, counter.peak_logits, counter.flops)
+        return StepCost(counter.peak + noise, counter.peak_logits, counter.flops), counter.when
 
     def _counter(self, known: list[torch.Tensor]) -> _Counter:
         known = [*self.model.parameters(), *self.model.buffers(), *known]
@@ -201,6 +220,16 @@ class FakeStep:
             batch["logits_to_keep"] = torch.arange(-self.question.labelled, 0)
             batch["shift_labels"] = labels[:, -self.question.labelled :].contiguous()
         return batch
+
+
+def _interpolated(known: dict[int, tuple[StepCost, list]], rows: int) -> StepCost | None:
+    """The cost between two numbers of rows whose steps are the same operations, fullest at the same ones; else None."""
+    low = max((n for n in known if n < rows), default=None)
+    high = min((n for n in known if n > rows), default=None)
+    if low is None or high is None or known[low][1] != known[high][1]:
+        return None
+    ends = (astuple(known[low][0]), astuple(known[high][0]))
+    return StepCost(*(a + (b - a) * (rows - low) // (high - low) for a, b in zip(*ends, strict=True)))
 
 
 def shallow(config: PretrainedConfig) -> PretrainedConfig:
