@@ -93,6 +93,21 @@ def test_features_are_of_every_token(tmp_path):
         assert torch.allclose(mean_features(model.eval(), inputs), mean_features(plain, inputs), atol=1e-5)
 
 
+def test_an_encoder_that_is_not_known_stays_as_it_is(tmp_path):
+    AutoModel.from_config(config_of("electra")).save_pretrained(tmp_path)
+    model, _ = load_with_head(str(tmp_path), "classification", ("a", "b"), pad_token_id=1)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_attention_of_a_known_encoder_is_ours_and_is_not_saved(tmp_path):
+    AutoModel.from_config(config_of("bert")).save_pretrained(tmp_path)
+    model, _ = load_with_head(str(tmp_path), "classification", ("a", "b"), pad_token_id=1)
+    assert model.config._attn_implementation == ("sdpa" if torch.cuda.is_available() else "bhpeft_sdpa")
+    model.save_pretrained(tmp_path / "saved")
+    assert "bhpeft" not in (tmp_path / "saved/config.json").read_text()
+
+
 def test_an_architecture_that_is_not_known_stays_whole():
     model = AutoModelForSequenceClassification.from_config(config_of("gpt2"))
     read_first_token_alone(model)

@@ -24,14 +24,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bhpeft.adapters import small
+from bhpeft.adapters.architectures import PLACES
 from bhpeft.errors import InputError
 
 SUPPORTED = ("sdpa", "eager")
 
 
 def use_short_attention(model: nn.Module) -> None:
-    """Let an encoder train by `_alone` where it can, on CPUs."""
-    if model.config._attn_implementation in SUPPORTED and not torch.cuda.is_available():
+    """Let an encoder of a known architecture train by `_alone` where it can, on CPUs."""
+    known = model.config.model_type in PLACES and model.config._attn_implementation in SUPPORTED
+    if known and not torch.cuda.is_available():
         use_prefix_attention(model)
 
 
