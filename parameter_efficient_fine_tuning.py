@@ -13,11 +13,11 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # until main begins: an eighth of the imports' time, and nothing that they make is garbage
 
-from bhpeft.early import check_early
+from bhpeft.early import begin
 from bhpeft.errors import InputError, run_main
 
 if __name__ == "__main__":
-    run_main(check_early)  # before the imports below, which take seconds
+    run_main(begin)  # before the imports below, which take seconds
 
 import dataclasses
 import time

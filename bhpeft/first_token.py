@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from bhpeft.adapters.architectures import layers_of
+
 # Model type -> within a layer, the query's projection, and the modules right behind the attention, whose arguments are
 # (B, L, H). The heads of these architectures read hidden_states[:, 0].
 FIRST_TOKEN_READ = {
@@ -57,5 +59,4 @@ def read_first_token_alone(model: nn.Module) -> None:
     """Let an encoder's last layer compute what the model's head reads, where the architecture is known."""
     names = FIRST_TOKEN_READ.get(model.config.model_type)
     if names is not None:
-        layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-        _LastLayer(model, *map(layers[-1].get_submodule, names))
+        _LastLayer(model, *map(layers_of(model)[-1].get_submodule, names))

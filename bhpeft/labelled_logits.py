@@ -1,4 +1,4 @@
-"""Logits at labelled positions alone: an answer of two tokens needs two rows of logits, not one for every token.
+"""What is behind the last attention, at labelled positions alone: two tokens of an answer need two rows of logits.
 
 Of a causal model with V tokens in its vocabulary, the logits of (B, L) tokens are B L V numbers, several times over: as
 computed, in float32 for the loss, and their gradient. With V = 50,000 that is more than all layers together. Where
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+from bhpeft.adapters.architectures import PLACES, layers_of
 
 IGNORED = -100
 
@@ -51,24 +53,66 @@ def at_labels(batch: dict[str, torch.Tensor], virtual_tokens: int = 0) -> dict[s
 def labelled_alone(model: nn.Module, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Within the block the model's output matrix multiplies nothing but the N positions that foresee a label.
 
+    So does its last feed-forward block, or few more, where they are less than half of all (`last_block_at`).
+
     Args:
         batch: as of `at_labels`.
 
     Yields:
-        The batch with `shift_labels` (1, N), whose loss is the same; the logits that come with it are (1, N, V).
+        The batch with `shift_labels` (1, N), whose loss is the same; the logits that come with it are (1, N, V), and
+        hidden states of the last layer mean nothing elsewhere.
     """
     labels = batch.get("shift_labels")
     if labels is None:
         yield batch
         return
-    places = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    labelled = labels != IGNORED
+    places = labelled.flatten().nonzero()[:, 0]
 
     def choose(module: nn.Module, args: tuple) -> tuple:
         return (args[0].flatten(0, 1)[places][None], *args[1:])  # (B, K, H) -> (1, N, H)
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hook = base.get_output_embeddings().register_forward_pre_hook(choose)
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(base.get_output_embeddings().register_forward_pre_hook(choose).remove)
+        few = int(labelled.sum(1).max())
+        if 2 * few <= batch["labels"].shape[1]:  # else little would be spared
+            # Of each row, in any order, its labelled positions, and so many others that all rows have equally many.
+            chosen = labelled.to(torch.uint8).topk(few, 1).indices
+            hooks.enter_context(last_block_at(base, batch["logits_to_keep"][chosen]))
         yield {**batch, "shift_labels": labels.flatten()[places][None]}
+
+
+@contextlib.contextmanager
+def last_block_at(base: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Within the block the last layer's feed-forward block gets some positions of each row, and gives zero elsewhere.
+
+    Not where layers are computed again in the backward pass, which comes later, or in architectures whose feed-forward
+    block is not one module. Dropout in it draws other numbers.
+
+    Args:
+        base: a causal model without what peft puts around it.
+        positions: (B, K), those of a row all different.
+    """
+    places = PLACES.get(base.config.model_type)
+    if places is None or len(places.feed_forward) > 1 or base.is_gradient_checkpointing:
+        yield
+        return
+    length = 0
+
+    def gather(module: nn.Module, args: tuple) -> tuple:  # (B, L, H) -> (B, K, H)
+        nonlocal length
+        length = args[0].shape[1]
+        return (args[0].gather(1, positions[..., None].expand(-1, -1, args[0].shape[2])), *args[1:])
+
+    def scatter(module: nn.Module, args: tuple, found: torch.Tensor) -> torch.Tensor:  # and back
+        whole = found.new_zeros(found.shape[0], length, found.shape[2])
+        return whole.scatter(1, positions[..., None].expand_as(found), found)
+
+    block = layers_of(base)[-1].get_submodule(places.feed_forward[0])
+    hooks = [block.register_forward_pre_hook(gather), block.register_forward_hook(scatter)]
+    try:
+        yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

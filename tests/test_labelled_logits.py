@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from bhpeft.adapters.architectures import layers_of
+from bhpeft.adapters.bh_peft import BhPeftConfig
 from bhpeft.labelled_logits import at_labels, labelled_alone, takes_positions, virtual_tokens_of
 from bhpeft.tasks.packing import PackingCollator
 
@@ -21,9 +27,10 @@ ROWS = [
 
 def model_of(kind: str, adapter: str):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, intermediate_size=64, **SHAPE, num_key_value_heads=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
+    own = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if kind == "gpt2" else {"intermediate_size": 64}
+    if kind in ("llama", "mistral", "qwen2"):
+        own["num_key_value_heads"] = 2
+    config = AutoConfig.for_model(kind, **SHAPE, **own)
     base = AutoModelForCausalLM.from_config(config)
     if adapter == "lora":
         targets = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]}.get(kind, ["q_proj", "v_proj"])
@@ -71,6 +78,57 @@ def test_loss_and_gradients_are_those_of_all_logits(kind, adapter):
         for a, b in zip(gradients, others, strict=True):
             assert torch.allclose(a, b, atol=1e-6)
     assert model(**batch).logits.shape[1] == width  # nothing is left behind
+
+
+def positions_computed(model, batch: dict, rows: dict) -> list[int]:
+    """How many positions of a row the last feed-forward block was given, in each pass."""
+    found = []
+    block = layers_of(model.get_base_model())[-1].mlp
+    inner = next(module for module in block.modules() if isinstance(module, nn.Linear | Conv1D))
+    hook = inner.register_forward_pre_hook(lambda module, args: found.append(args[0].shape[1]))
+    with labelled_alone(model, at_labels(batch)) as chosen:
+        model(**chosen)
+    model(**rows)
+    hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_feed_forward_block_gets_labelled_positions(kind):
+    model, batch = model_of(kind, "lora"), batch_of(ROWS)
+    assert positions_computed(model, batch, batch) == [2, 7]  # as many as the row with most has; then all, as before
+    many = batch_of([{"input_ids": [5, 6, 7, 8, 9, 10, 11], "labels": [-100, -100, 7, 8, 9, 10, 11]}])
+    assert positions_computed(model, many, many) == [7, 7]  # 5 of 7: not worth it
+
+
+def test_layers_that_are_computed_again_are_left_whole():
+    model, batch = model_of("gpt_neox", "lora").train(), batch_of(ROWS)
+    _, gradients, _ = loss_and_gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with labelled_alone(model, at_labels(batch)) as chosen:
+        loss = model(**chosen).loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for a, b in zip(gradients, torch.autograd.grad(loss, trained), strict=True):  # behind the block, as in training
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_posterior_sample_of_each_row_stays_with_its_row(kind):
+    """The parallel adapter is around the block that gets fewer positions, and its noise may differ by row."""
+    base = model_of(kind, "lora").unload()
+    model = get_peft_model(base, BhPeftConfig(task_type="CAUSAL_LM", bayesian="all", initial_sigma=0.3))
+    model.train()  # with noise
+    batch = batch_of(ROWS)
+    found = []
+    for labelled in (False, True):
+        torch.manual_seed(1)
+        chosen = at_labels(batch) if labelled else batch
+        with labelled_alone(model, chosen) if labelled else contextlib.nullcontext(batch) as chosen:
+            loss = model(**chosen).loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append([loss, *torch.autograd.grad(loss, trained)])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_the_sum_over_items_is_the_same_too():

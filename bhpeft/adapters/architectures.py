@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from bhpeft.errors import InputError
@@ -48,6 +49,11 @@ def places_of(config: PretrainedConfig) -> Places:
             "A new one is a line in bhpeft/adapters/architectures.py"
         )
     return PLACES[config.model_type]
+
+
+def layers_of(base: nn.Module) -> nn.ModuleList:
+    """The stack of layers of an architecture of the table: the first list there is."""
+    return next(module for module in base.modules() if isinstance(module, nn.ModuleList))
 
 
 def attention_shape(config: PretrainedConfig) -> tuple[int, int, int]:

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
 from bhpeft.adapters.bh_peft import gaussian_layers, kl_divergence, kl_gradient_norm
+from bhpeft.labelled_logits import last_block_at
 from bhpeft.plan.model import Question
 
 TRAIN_DEPTHS, PREDICT_DEPTHS = (1, 2), (2, 3)  # numbers of layers that are really run where a model has more
@@ -171,7 +172,7 @@ class FakeStep:
             batch = self._batch(rows)
             gradients = [parameter.grad for parameter in trainable]
             with self._counter(gradients) as counter:
-                with self._cast(autocast):
+                with self._cast(autocast), self._short_block(batch):
                     loss = self.model(**batch).loss
                 kl = kl_divergence(gaussian_layers(self.model))
                 if kl is not None:
@@ -205,6 +206,13 @@ class FakeStep:
     def _cast(self, on: bool):
         half = torch.bfloat16 if self.dtype == torch.float16 else self.dtype  # as wide, and CPUs autocast to it
         return torch.autocast("cpu", half) if on and half != torch.float32 else contextlib.nullcontext()
+
+    def _short_block(self, batch: dict[str, torch.Tensor]):
+        """As `labelled_alone` has it in training; its output matrix is taken to multiply all of `logits_to_keep`."""
+        places = batch.get("logits_to_keep")
+        if places is None or 2 * len(places) > self.length:
+            return contextlib.nullcontext()
+        return last_block_at(self.model.get_base_model(), places.expand(len(batch["labels"]), -1))
 
     def _batch(self, rows: int) -> dict[str, torch.Tensor]:
         choices = (self.question.labels,) if self.question.head == "multiple_choice" else ()
