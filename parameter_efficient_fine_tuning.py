@@ -17,7 +17,7 @@ from bhpeft.early import begin
 from bhpeft.errors import InputError, run_main
 
 if __name__ == "__main__":
-    run_main(begin)  # before the imports below, which take seconds
+    run_main(begin)  # mistakes are told before the imports below, which take seconds
 
 import dataclasses
 import time

@@ -197,6 +197,8 @@ def own_trainer(task: dict, folder: Path, steps: int):
 
 def measure(task: dict) -> dict:
     """Train for a few steps, in this process; its figures."""
+    if task["ours"]:
+        import bhpeft.late_compile  # noqa: F401  as the script begins, too
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import TrainerCallback, TrainingArguments

@@ -6,6 +6,7 @@ What is looked at here is looked at again later, with all that is known then; th
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import sys
@@ -52,12 +53,14 @@ def known_flags() -> set[str] | None:
 
 
 def begin() -> None:
-    """`check_early` of this process's command line. A plan, which quantises nothing, is spared bitsandbytes.
+    """`check_early` of this process's command line; then bitsandbytes, which peft imports, is made to cost little.
 
-    peft imports it where it is found, and with it torch's compiler: a tenth of the time that a plan takes.
+    A plan, which quantises nothing, does without it.
     """
     if check_early():
         sys.modules.setdefault("bitsandbytes", None)  # as if it were not installed
+    else:
+        importlib.import_module("bhpeft.late_compile")
 
 
 def check_early(argv: list[str] | None = None) -> bool:
