@@ -66,5 +66,16 @@ class TrainerArguments(TrainingArguments):
         if missing:
             raise InputError(f"--report_to {', '.join(sorted(missing))}: not installed; pip install it, or give none")
 
+    @property
+    def n_gpu(self) -> int:
+        """One GPU at most. The Trainer would put several into one process, by `torch.nn.DataParallel`, whose copies of
+        the model would lose the KL; several are for `accelerate launch`, a process each."""
+        return min(1, super().n_gpu)
+
+    @property
+    def idle_gpus(self) -> int:
+        """GPUs that this process, launched alone, sees and does not use."""
+        return max(0, super().n_gpu - 1)
+
 
 ARGUMENT_CLASSES = (*OWN_CLASSES, TrainerArguments)

@@ -193,6 +193,13 @@ def test_a_flag_without_effect_is_said():
     assert not any("no effect" in note for note in with_both.notes)
 
 
+@pytest.mark.parametrize(("gpus", "used"), [(0, 0), (1, 1), (4, 1)])
+def test_a_process_takes_one_gpu_and_counts_the_others(gpus, used):
+    training = parse_arguments([*BASE, "--batch_size", "3"]).training
+    training._n_gpu = gpus  # as transformers counts them where there is no launcher
+    assert (training.n_gpu, training.idle_gpus, training.train_batch_size) == (used, gpus - used, 3)
+
+
 def test_a_lock_left_by_a_killed_compile_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for name, age in (("fresh", 60), ("old", 7200)):
