@@ -95,7 +95,7 @@ def last_block_at(base: nn.Module, positions: torch.Tensor) -> Iterator[None]:
         positions: (B, K), those of a row all different.
     """
     places = PLACES.get(base.config.model_type)
-    if places is None or len(places.feed_forward) > 1 or base.is_gradient_checkpointing:
+    if places is None or len(places.feed_forward) > 1 or (layer := layers_of(base)[-1]).gradient_checkpointing:
         yield
         return
     length = 0
@@ -109,7 +109,7 @@ def last_block_at(base: nn.Module, positions: torch.Tensor) -> Iterator[None]:
         whole = found.new_zeros(found.shape[0], length, found.shape[2])
         return whole.scatter(1, positions[..., None].expand_as(found), found)
 
-    block = layers_of(base)[-1].get_submodule(places.feed_forward[0])
+    block = layer.get_submodule(places.feed_forward[0])
     hooks = [block.register_forward_pre_hook(gather), block.register_forward_hook(scatter)]
     try:
         yield
