@@ -123,7 +123,8 @@ def prepare(run: Run) -> Job:
     environment.check_compiler(training)
     in_4bit = settle_4bit(run)
     if training.idle_gpus:
-        run.notes.append(f"one GPU is used, {training.idle_gpus} more are here: `accelerate launch` uses all (README)")
+        gpus = training.idle_gpus + 1
+        run.notes.append(f"1 of {gpus} GPUs is used; `accelerate launch --num_processes {gpus} ...` uses all (README)")
     load = (run.data, training.data_seed, training.do_eval, training.do_train, trained_labels)
     cache = open_cache(run.output.row_cache, run.notes)
     task, plan = load_in_rounds(run.rounds, *load) if run.rounds.on else (load_cached(cache, *load), None)

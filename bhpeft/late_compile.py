@@ -1,8 +1,8 @@
-"""bitsandbytes, imported without torch's compiler, which it would load for two functions that hardly a run calls.
+"""bitsandbytes, imported without torch's compiler, which it would load for functions that hardly a run calls.
 
-peft imports bitsandbytes wherever it is installed, and that calls `torch.compile` on functions of its CPU backend: with
-torch 2.13 and bitsandbytes 0.50 the compiler's modules are a second and 45 MB of every process, most of which quantise
-nothing. Imported in here, the functions are compiled when they are first called.
+peft imports bitsandbytes wherever it is installed, and that calls `torch.compile` on four functions of its default
+backend: with torch 2.13 and bitsandbytes 0.50 the compiler's modules are a second and 45 MB of every process, most of
+which quantise nothing. Imported in here, the functions are compiled when they are first called.
 """
 
 from __future__ import annotations

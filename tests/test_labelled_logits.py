@@ -149,6 +149,13 @@ def test_rows_end_to_end():
     whole = model(**batch)
     part = model(**at_labels(batch))
     assert torch.allclose(whole.loss, part.loss, rtol=1e-5) and part.logits.shape[1] == 4 < whole.logits.shape[1]
+    _, gradients, _ = loss_and_gradients(model, batch)
+    with labelled_alone(model, at_labels(batch)) as chosen:
+        loss, alone, _ = loss_and_gradients(model, chosen)
+    assert torch.allclose(whole.loss, loss, rtol=1e-5)
+    for a, b in zip(gradients, alone, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert positions_computed(model, batch, batch) == [4, batch["input_ids"].shape[1]]
 
 
 def test_a_batch_without_labels_is_left_alone():

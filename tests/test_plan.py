@@ -263,7 +263,7 @@ def test_a_run_takes_the_memory_that_was_planned(tmp_path):
     rows = make_rows(tmp_path / "rows.csv", 128)
     words = trainer_words(model, rows, tmp_path, 128, ["--batch_size", 48])
     for more in (["--plan", "--plan_json", tmp_path / "plan.json"], []):
-        done = run_command([*words, *more], cwd=tmp_path)
+        done = run_command([*words, *more], cwd=tmp_path, real=True)  # with what a process of its own imports
         assert done.returncode == 0, done.stderr
     parts = json.loads((tmp_path / "plan.json").read_text())["asked"]["host"]
     record = json.loads((tmp_path / "results/metrics/run.json").read_text())
@@ -272,6 +272,31 @@ def test_a_run_takes_the_memory_that_was_planned(tmp_path):
     # Nor is it right for the libraries' sake alone: what the run itself takes is right, too.
     own, process = sum(parts.values()) - parts["process"], parts["process"] / 2**20
     assert own / 2**20 == pytest.approx(measured - process, rel=0.25) and measured > 1.6 * process
+
+
+def test_a_plan_in_4_bit_needs_no_bitsandbytes(tiny_model, tmp_path):
+    words = [
+        sys.executable,
+        ROOT / "parameter_efficient_fine_tuning.py",
+        "--base_model",
+        tiny_model,
+        "--labels",
+        "a",
+        "b",
+    ]
+    words += ["--dataset_name", "rows.csv", "--adapter_name", "qlora", "--plan", "--plan_ranks", 1]
+    words += ["--link_gbps", 25, "--flops", "3e14"]
+    done = run_command([*words, "--plan_json", tmp_path / "plan.json"], real=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "plan.json").read_text())["asked"]["in_4bit"]
+
+
+def test_what_is_compiled_is_planned_whole(tiny_model):
+    """A compiled model's last feed-forward block is computed everywhere (`labelled_alone`)."""
+    flags = ["--labels", "a", "b", "--max_length", 64, "--plan", "--batch_size", 4]
+    spared, whole = (Plan(arguments(tiny_model, *flags, *more)) for more in ((), ("--torch_compile", "true")))
+    costs = [plan.cost(plan.asked, 4, False) for plan in (spared, whole)]
+    assert costs[0].flops < costs[1].flops and costs[0].peak < costs[1].peak
 
 
 def test_answering_counts_samples_and_labels(tiny_encoder):

@@ -79,7 +79,8 @@ class Plan:
         dtype = DTYPES[precision]
         if dtype not in self._steps:
             model, _ = self._model(shallow(self.config), dtype)
-            self._steps[dtype] = FakeStep(model, self.config, self.question, self.run.data.max_length)
+            compiled = self.run.training.torch_compile
+            self._steps[dtype] = FakeStep(model, self.config, self.question, self.run.data.max_length, compiled)
         return self._steps[dtype]
 
     def cost(self, layout: Layout, rows: int, checkpointing: bool) -> StepCost:

@@ -100,10 +100,14 @@ class FakeStep:
         model: as of `meta_model`; of `shallow(config)`, where only its steps are wanted.
         config: of the whole model.
         length: tokens of a row.
+        compiled: whether the run compiles the model, which is then computed as a whole.
     """
 
-    def __init__(self, model: nn.Module, config: PretrainedConfig, question: Question, length: int):
+    def __init__(
+        self, model: nn.Module, config: PretrainedConfig, question: Question, length: int, compiled: bool = False
+    ):
         self.model, self.config, self.question, self.length = model, config, question, length
+        self.compiled = compiled
         self.layers = layer_list(model)
         self.depth = config.num_hidden_layers
         self.dtype = next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
@@ -210,7 +214,7 @@ class FakeStep:
     def _short_block(self, batch: dict[str, torch.Tensor]):
         """As `labelled_alone` has it in training; its output matrix is taken to multiply all of `logits_to_keep`."""
         places = batch.get("logits_to_keep")
-        if places is None or 2 * len(places) > self.length:
+        if places is None or self.compiled or 2 * len(places) > self.length:
             return contextlib.nullcontext()
         return last_block_at(self.model.get_base_model(), places.expand(len(batch["labels"]), -1))
 
