@@ -9,11 +9,12 @@ trainer, and answers the 872 rows of GLUE's dev, which nothing is tuned on, and 
 --tune_on_validation puts one half of the validation rows in dev's place (temperatures are fitted on the other half): to
 choose SETTINGS by.
 
-Prints means +- sample deviations over seeds, and differences to "map" with 95 % intervals (Student's t over seeds of
-the paired differences; seeds differ in rows and weights, the test rows are the same). Writes every run's figures to
-results/benchmarks/uncertainty_ROWS.json as it ends, and a plot beside it. Runs that are in that file already, with the
-same settings, are not repeated (--again repeats them). A run takes the place of that of its method and seed on the same
-base and rows alone; all others stay. --work_folder keeps adapters and slices, to go on with later.
+Prints means +- sample deviations over seeds, and differences to "map" and to its temperature with 95 % intervals
+(Student's t over seeds of the paired differences; seeds differ in rows and weights, the test rows are the same). Writes
+every run's figures to results/benchmarks/uncertainty_ROWS.json as it ends, and a plot beside it. Runs that are in that
+file already, with the same settings, are not repeated (--again repeats them). A run takes the place of that of its
+method and seed on the same base and rows alone; all others stay.
+--work_folder keeps adapters and slices, to go on with later.
 """
 
 from __future__ import annotations

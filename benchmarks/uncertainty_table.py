@@ -13,7 +13,7 @@ from bhpeft.feature_distance import COLUMN as FEATURE_DISTANCE
 from bhpeft.files import write_atomic
 from bhpeft.uncertainty_report import read_measures, read_uncertainty
 
-BASELINE = "map"
+BASELINES = ("map", "map+temperature")  # what the others are set against
 MEASURE = "one_minus_max_prob"  # what rejects and tells other domains, unless a method's settings say otherwise
 # name of the figure, heading, digits, whether lower is better
 COLUMNS = (
@@ -96,8 +96,26 @@ def aligned(title: str, lines: list[list[str]]) -> list[str]:
     return [title, *text]
 
 
+def _differences(groups: dict[str, dict[int, dict]], base: str) -> list[list[str]]:
+    """A line of cells for each method that shares seeds with `base` and is not told in a table of another one."""
+    lines = []
+    for method, group in groups.items():
+        shared = [seed for seed in group if seed in groups.get(base, {})]
+        if not shared or method in BASELINES[: BASELINES.index(base) + 1]:
+            continue
+        cells = [method, str(len(shared))]
+        for name, _, digits, _ in COLUMNS:
+            values = [value_of(group[seed], name) - value_of(groups[base][seed], name) for seed in shared]
+            low, high = t_interval(values)
+            mean = np.mean(values)
+            ends = "" if math.isnan(low) else f" ({low:+.{digits}f} to {high:+.{digits}f})"
+            cells.append("-" if math.isnan(mean) else f"{mean:+.{digits}f}{ends}")
+        lines.append(cells)
+    return lines
+
+
 def tables(runs: list[dict], order: list[str]) -> str:
-    """Means +- deviations over seeds, and paired differences to `BASELINE` with 95 % t intervals, as text."""
+    """Means +- deviations over seeds, and paired differences to each of `BASELINES` with 95 % t intervals, as text."""
     groups = _by_method(runs, order)
     lines = [["method", "seeds", *(heading for _, heading, _, _ in COLUMNS)]]
     for method, group in groups.items():
@@ -109,25 +127,11 @@ def tables(runs: list[dict], order: list[str]) -> str:
             cells.append("-" if math.isnan(mean) else f"{mean:.{digits}f}{spread}")
         lines.append(cells)
     text = aligned("Mean +- sample deviation over seeds:", lines)
-    base = groups.get(BASELINE, {})
-    lines = [["method", "seeds", *(heading for _, heading, _, _ in COLUMNS)]]
-    for method, group in groups.items():
-        shared = [seed for seed in group if seed in base]
-        if method == BASELINE or not shared:
-            continue
-        cells = [method, str(len(shared))]
-        for name, _, digits, _ in COLUMNS:
-            values = [value_of(group[seed], name) - value_of(base[seed], name) for seed in shared]
-            low, high = t_interval(values)
-            mean = np.mean(values)
-            ends = "" if math.isnan(low) else f" ({low:+.{digits}f} to {high:+.{digits}f})"
-            cells.append("-" if math.isnan(mean) else f"{mean:+.{digits}f}{ends}")
-        lines.append(cells)
-    if len(lines) > 1:
-        text += [
-            "",
-            *aligned(f"Minus {BASELINE}, seed by seed (95 % interval: Student's t of the differences):", lines),
-        ]
+    for base in BASELINES:
+        lines = [lines[0], *_differences(groups, base)]
+        if len(lines) > 1:
+            title = f"Minus {base}, seed by seed (95 % interval: Student's t of the differences):"
+            text += ["", *aligned(title, lines)]
     return "\n".join(text)
 
 
