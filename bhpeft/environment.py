@@ -253,10 +253,20 @@ def hardware() -> dict[str, str | int]:
     }
 
 
+def resident_bytes(at_most: bool = False) -> int:
+    """Host memory that this process holds now, or has held at most so far (all that systems but Linux tell)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss, which outlives exec: it begins with the memory of the process that started this one.
+        field = "VmHWM:" if at_most else "VmRSS:"
+        return int(status.read_text().split(field)[1].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def peak_memory_mib() -> dict[str, float]:
     """The most memory this process has held so far, in MiB: resident on the host, allocated on the GPU."""
-    unit = 1024 if sys.platform == "linux" else 1024**2  # kilobytes on Linux, bytes on macOS
-    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    peak = {"host": round(resident_bytes(at_most=True) / 2**20, 1)}
     if torch.cuda.is_available():
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak

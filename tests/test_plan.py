@@ -230,12 +230,11 @@ def test_llama_13b_is_planned_from_its_configuration_alone(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA_13B))
     script = (
-        "import pathlib, sys; sys.argv[1:1] = []\n"
+        "import sys\n"
         "from parameter_efficient_fine_tuning import main\n"
         "main(sys.argv[1:])\n"
-        # Not ru_maxrss, which begins with the memory of the process that started this one.
-        "status = pathlib.Path('/proc/self/status').read_text()\n"
-        "print(int(status.split('VmHWM:')[1].split()[0]) / 2**20)"
+        "from bhpeft.environment import resident_bytes\n"
+        "print(resident_bytes(at_most=True) / 2**30)"
     )
     flags = ["--config", ROOT / "recipes/qlora_llama2_sst2.yaml", "--base_model", folder, "--adapter_name", "lora"]
     flags += ["--plan", "--bf16", "--gpu_memory", 12, "--cpu_memory", 64, "--link_gbps", 25, "--flops", 3e14]
@@ -272,6 +271,22 @@ def test_a_run_takes_the_memory_that_was_planned(tmp_path):
     # Nor is it right for the libraries' sake alone: what the run itself takes is right, too.
     own, process = sum(parts.values()) - parts["process"], parts["process"] / 2**20
     assert own / 2**20 == pytest.approx(measured - process, rel=0.25) and measured > 1.6 * process
+
+
+def test_memory_is_that_of_the_process_not_of_the_one_that_started_it():
+    child = (
+        "from bhpeft.environment import resident_bytes\n"
+        "before = resident_bytes(at_most=True)\n"
+        "held = b'1' * 2**30\n"
+        "del held\n"
+        "print(before, resident_bytes(at_most=True), resident_bytes())\n"
+    )
+    parent = "import subprocess, sys; held = b'1' * 2**31\n"
+    parent += "subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    done = run_command([sys.executable, "-c", parent, child])
+    before, most, now = map(int, done.stdout.split())
+    assert before < 2**30 <= most < 2**31  # not the 2 GiB of its parent
+    assert abs(now - before) < 2**28
 
 
 def test_a_plan_in_4_bit_needs_no_bitsandbytes(tiny_model, tmp_path):

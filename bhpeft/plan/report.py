@@ -15,7 +15,7 @@ from bhpeft.adapters.architectures import attention_shape
 from bhpeft.adapters.posterior import rows_at_once
 from bhpeft.base_model import load_config
 from bhpeft.config import Run, adopt_task
-from bhpeft.environment import DTYPES, is_main_process, under_deepspeed
+from bhpeft.environment import DTYPES, is_main_process, resident_bytes, under_deepspeed
 from bhpeft.files import write_atomic
 from bhpeft.plan import machine
 from bhpeft.plan.advice import Advice, cut
@@ -46,7 +46,7 @@ class Plan:
     """A run's plan. Nothing is computed before it is asked for, and no weight is loaded."""
 
     def __init__(self, run: Run):
-        self.process = machine.process_bytes()
+        self.process = resident_bytes()
         self.run = run
         if run.adapter.adapter_path:
             adopt_settings(run.adapter)
