@@ -1,7 +1,8 @@
 # make demo [ADAPTER=lora|qlora|prompt-tuning|bh-peft|hybrid]   the whole pipeline in minutes, on CPU or GPU, and its
 #                                                               report: results/report.html
 # make report                                                   results/report.html of all runs so far
-# make test [JOBS=2]                                            all tests, two at a time
+# make test [JOBS=2]                                            all tests but those of the next two lines, two at a time
+# make test-demos                                               the demo of each adapter, minutes each
 # make test-faults                                              kills real runs, fills disks, mistypes flags; a summary
 # make lint                                                     ruff, and a search for secrets
 # make docs                                                     docs/api/index.html: the reference, from docstrings
@@ -17,7 +18,7 @@ BIN     := .venv/bin
 # What DeepSpeed compiles lies in it too: two checkouts would have each other's compiled anew, again and again.
 RUN     := PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 
-.PHONY: demo report test test-faults lint docs clean
+.PHONY: demo report test test-demos test-faults lint docs clean
 
 demo: .venv/ready
 	$(RUN) accelerate launch --config_file ds_zero3_cpu.yaml --num_processes $(RANKS) demo/demo.py --adapter_name $(ADAPTER)
@@ -27,6 +28,9 @@ report: .venv/ready
 
 test: .venv/test-ready
 	$(RUN) HF_HUB_OFFLINE=1 python -m pytest -n $(JOBS)
+
+test-demos: .venv/test-ready
+	$(RUN) HF_HUB_OFFLINE=1 python -m pytest -m demos tests/test_demo.py
 
 test-faults: .venv/test-ready
 	$(RUN) HF_HUB_OFFLINE=1 python tests/faults/run.py

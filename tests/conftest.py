@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 TRAINER = "parameter_efficient_fine_tuning.py"
 PROGRESS = re.compile(r"\d+%\|.*(it/s|s/it|\?)")
+SEVERAL_RANKS = ("tests/distributed/", "tests/real_data/test_stories260k.py", "tests/test_demo.py")
 KINDS = ["cats", "dogs", "robins", "trout", "ants", "oaks", "frogs", "bees", "cows", "owls", "eels", "roses"]
 ACTS = ["swim in lakes", "fly", "sleep", "eat grass", "have six legs", "sing at dawn"]
 
@@ -34,6 +35,20 @@ def statement_rows() -> list[tuple[str, str]]:
             may = i % 2 == 0
             rows.append((f"Do {kind} {act}?", f"True, {kind} {act}." if may else f"False, no {kind} ever do that."))
     return rows
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of several ranks run one after the other: ranks wait for each other without sleeping, and four on two
+    cores take longer than two and two. The other files run beside them.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class RanksApart(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:  # --dist loadgroup does nothing under pytest 9.2, xdist 3.8
+            return "ranks" if nodeid.startswith(SEVERAL_RANKS) else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False  # the folder of several ranks, the longest, comes first
+    return RanksApart(config, log)
 
 
 @pytest.fixture(scope="session")

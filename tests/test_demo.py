@@ -50,7 +50,17 @@ def test_the_sample_is_readable_input():
     assert all(row["text_label"].startswith(("True, ", "False, ")) for row in rows)
 
 
-@pytest.mark.parametrize(("adapter", "least"), [("lora", 0.85), ("qlora", 0.85), ("prompt-tuning", 0.75)])
+@pytest.mark.parametrize(
+    ("adapter", "least"),
+    [
+        ("lora", 0.85),
+        # Minutes each: `make test-demos`.
+        pytest.param("qlora", 0.85, marks=pytest.mark.demos),
+        pytest.param("prompt-tuning", 0.75, marks=pytest.mark.demos),
+        pytest.param("bh-peft", 0.85, marks=pytest.mark.demos),
+        pytest.param("hybrid", 0.85, marks=pytest.mark.demos),
+    ],
+)
 def test_the_demo_goes_from_guessing_to_right_over_two_ranks(adapter, least, tmp_path):
     ranks = min(2, os.cpu_count() or 1)
     launch = ["accelerate", "launch", "--config_file", ROOT / "ds_zero3_cpu.yaml", "--num_processes", ranks]
