@@ -54,6 +54,7 @@ ENCODER = {
     "bh-peft": {"ours": True, "adapter": BH_PEFT, **GROUPED},
     "lora, bf16": {"ours": True, "adapter": LORA, "bf16": True, **GROUPED},
     "bh-peft, bf16": {"ours": True, "adapter": BH_PEFT, "bf16": True, **GROUPED},
+    "stock, bf16": {"ours": False, "bf16": True, **GROUPED},
 }
 LABELS = {
     "stock": {"ours": False, **RANDOM},
@@ -63,6 +64,7 @@ LABELS = {
     "ours, grouped": {"ours": True, "adapter": LORA, **GROUPED},
     "ours, checkpointed": {"ours": True, "adapter": LORA, "gradient_checkpointing": True, **RANDOM},
     "ours, bf16": {"ours": True, "adapter": LORA, "bf16": True, **RANDOM},
+    "stock, bf16": {"ours": False, "bf16": True, **RANDOM},
 }
 # part: (methods, rival, batch, steps to warm up, timed steps). What is made for texts of a length is made when it is
 # first met: a run of thousands of steps has met nearly all.
@@ -235,7 +237,7 @@ def measure(task: dict) -> dict:
             arguments = TrainingArguments(
                 output_dir=folder, max_steps=steps, per_device_train_batch_size=task["batch"], report_to="none",
                 save_strategy="no", disable_tqdm=True, logging_steps=1, learning_rate=1e-4, use_cpu=True, seed=42,
-                dataloader_pin_memory=False, train_sampling_strategy=task["sampling"],
+                dataloader_pin_memory=False, train_sampling_strategy=task["sampling"], bf16=task.get("bf16", False),
             )  # fmt: skip
             trainer = stock_trainer(task, arguments)
         collate = trainer.data_collator
