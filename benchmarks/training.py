@@ -4,8 +4,9 @@
         --tokenizer FOLDER_OF_GPT_NEOX_TOKENIZER [--parts encoder-8,encoder-32,labels] [--repeats 5]
 
 The rival is `transformers.Trainer` with stock peft LoRA (rank 8 on query and value), its rows padded dynamically, the
-same with rows grouped by length (in the order that ours has), and the source projects' way: every row padded, to 512
-tokens for instructions, to the longest of 1,000 for SST-2. Ours is the project's own trainer, as its script builds it.
+same with rows grouped by length (in the order that ours has), the same in bf16, and the source projects' way: every row
+padded, to 512 tokens for instructions, to the longest of 1,000 for SST-2. Ours is the project's own trainer, as its
+script builds it.
 
     encoder-8, encoder-32   SST-2 on the encoder, batches of 8 and 32: LoRA, BH-PEFT; in fp32, and in bf16
     labels                  instruction -> label on a GPT-NeoX of 76 M random weights, batches of 8
