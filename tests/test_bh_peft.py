@@ -22,7 +22,7 @@ from transformers import (
 from bhpeft.adapters import BhPeftConfig, drawn_noise, kl_divergence, posterior, posterior_noise, posterior_samples
 from bhpeft.adapters.bh_peft import PRESETS, gaussian_layers
 from bhpeft.adapters.gaussian import GaussianLinear, _kl_and_gradient
-from bhpeft.adapters.posterior import TOKENS, passes
+from bhpeft.adapters.posterior import CPU_TOKENS, passes
 from bhpeft.adapters.prefix_attention import _merged
 from bhpeft.base_model import parameter_counts
 from bhpeft.errors import InputError
@@ -510,7 +510,7 @@ def test_passes_take_every_row_once_in_the_memory_of_the_batch(shape):
     assert sorted(torch.cat(found).tolist()) == list(range(shape[0]))
     for group in found:
         wide = mask[group].flatten(0, -2).any(0).sum()
-        assert len(group) == 1 or 10 * mask[group, ..., 0].numel() * wide <= max(mask.numel(), TOKENS)
+        assert len(group) == 1 or 10 * mask[group, ..., 0].numel() * wide <= max(mask.numel(), CPU_TOKENS)
     longest = [int(lengths[group].max()) for group in found]
     assert longest == sorted(longest, reverse=True)
 

@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from bhpeft.adapters.bh_peft import gaussian_layers
 
 TOKENS = 4096  # of a pass, where the batch itself has fewer
+CPU_TOKENS = 1024  # the same on a CPU: larger passes are paged in afresh, a third of their time (docs/pitfalls.md)
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs whose last axis is the tokens'
 
 
@@ -85,8 +86,8 @@ def sampled(score: Callable[[dict], torch.Tensor], inputs: dict[str, torch.Tenso
     """Scores of B rows under each of S weights, within `posterior_noise`, in a batch's memory and less than its time.
 
     Ten times the rows are ten times the padding: rows of like length share a pass, cut to their longest, all S samples
-    of them together. A pass has no more tokens than the batch, or `TOKENS`, or one row under all samples. Under ZeRO-3
-    all is one pass, for ranks whose rows have other lengths must run as many of them.
+    of them together. A pass has no more tokens than the batch, or `TOKENS` (`CPU_TOKENS`), or one row under all
+    samples. Under ZeRO-3 all is one pass, for ranks whose rows have other lengths must run as many of them.
 
     Args:
         score: scores of a batch's rows, (rows, ...), whatever the padding.
@@ -112,16 +113,17 @@ def passes(mask: torch.Tensor, samples: int) -> list[torch.Tensor]:
     Args:
         mask: (B, L) or (B, choices, L).
     """
+    least = min(CPU_TOKENS, TOKENS) if mask.device.type == "cpu" else TOKENS
     seen = mask.bool() if mask.dim() == 2 else mask.bool().any(1)
     lengths, order = seen.sum(1).sort(descending=True, stable=True)
     lengths, choices, found, start = lengths.tolist(), mask[0].numel() // seen.shape[1], [], 0
     while start < len(lengths):
-        count = rows_at_once(mask.numel(), choices * lengths[start], samples)
+        count = rows_at_once(max(mask.numel(), least), choices * lengths[start], samples)
         found.append(order[start : start + count])
         start += count
     return found
 
 
-def rows_at_once(batch_tokens: int, row_tokens: int, samples: int) -> int:
-    """How many rows of so many tokens share a pass, each under all samples."""
-    return max(1, max(batch_tokens, TOKENS) // (samples * max(1, row_tokens)))
+def rows_at_once(tokens: int, row_tokens: int, samples: int) -> int:
+    """How many rows of so many tokens share a pass of at most `tokens`, each under all samples."""
+    return max(1, tokens // (samples * max(1, row_tokens)))

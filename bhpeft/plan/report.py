@@ -12,7 +12,7 @@ import torch
 
 from bhpeft.adapters import adopt_settings, base_model_of
 from bhpeft.adapters.architectures import attention_shape
-from bhpeft.adapters.posterior import rows_at_once
+from bhpeft.adapters.posterior import TOKENS, rows_at_once
 from bhpeft.base_model import load_config
 from bhpeft.config import Run, adopt_task
 from bhpeft.environment import DTYPES, is_main_process, resident_bytes, under_deepspeed
@@ -92,7 +92,7 @@ class Plan:
         data, lm = self.run.data, self.question.head == "lm"
         together, samples = rows, data.posterior_samples
         if samples and layout.stage < 3:
-            together = min(rows, rows_at_once(rows * data.max_length, data.max_length, samples))
+            together = min(rows, rows_at_once(max(rows * data.max_length, TOKENS), data.max_length, samples))
         scored = together * (max(1, self.question.labels) if lm else 1)
         found = self.step(layout.precision).predict(scored, samples, layout.autocast)
         found = StepCost(found.peak, found.logits, found.flops * math.ceil(rows / together))
