@@ -501,7 +501,7 @@ def test_noise_is_one_weight_an_example_drawn_from_the_posterior():
     assert torch.allclose(y[:, 0].std(0), sd, rtol=0.25) and torch.allclose(y[:, 0].mean(0), x @ layer.mu.T, atol=0.05)
 
 
-@pytest.mark.parametrize("shape", [(1, 9), (23, 40), (6, 3, 12)])
+@pytest.mark.parametrize("shape", [(1, 9), (23, 40), (6, 3, 12), (40, 50)])
 def test_passes_take_every_row_once_in_the_memory_of_the_batch(shape):
     torch.manual_seed(0)
     lengths = torch.randint(1, shape[-1] + 1, shape[:-1])
