@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib.metadata
@@ -42,11 +43,20 @@ def is_main_process() -> bool:
 
 
 def leave_together() -> None:
-    """End the process group, once every rank has come here: rank 0 writes results after the others are done, and a
-    rank that tears down its connections while another still works takes the whole run down with it."""
+    """End this process once every rank has come here; in a single process do nothing.
+
+    Rank 0 writes results after the others are done, and a rank that tears down its connections while another still
+    works takes the whole run down with it. gloo's threads outlive `destroy_process_group`, and one of them that lets go
+    of a tensor while Python takes itself down aborts a run which has written everything (pytorch/pytorch#179291):
+    what is registered to be done at the end is done here, and Python's own farewell is not waited for.
+    """
     wait_for_all()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @contextlib.contextmanager

@@ -118,6 +118,33 @@ def test_two_ranks_without_deepspeed(train, tmp_path):
     assert len(read_predictions(tmp_path / "results/predictions/ddp.csv")) == 12
 
 
+ENDS = """
+import atexit, os, sys
+import torch
+from bhpeft.environment import leave_together
+
+class Late:
+    def __del__(self, write=os.write):
+        write(1, b"taken down ")
+
+late = Late()  # a global: gone when Python takes itself down, with gloo's threads still there
+torch.distributed.init_process_group("gloo")
+torch.distributed.all_reduce(torch.ones(3))
+atexit.register(os.write, 1, b"registered ")
+sys.stdout.write("said ")
+leave_together()
+"""
+
+
+def test_ranks_end_without_python_taking_itself_down_beside_their_threads(tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    words = ["torchrun", "--nproc_per_node", 2, "--master_port", 0, "--rdzv_backend", "c10d",
+             "--rdzv_endpoint", "localhost:0", tmp_path / "ends.py"]  # fmt: skip
+    finished = run_command(words, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(finished.stdout.split()) == ["registered"] * 2 + ["said"] * 2
+
+
 def test_bad_input_stops_every_rank_with_one_line(tmp_path, tiny_model):
     words = [*launcher(SHIPPED, 2), ROOT / "parameter_efficient_fine_tuning.py", "--base_model", tiny_model]
     finished = run_command([*words, "--dataset_name", "nowhere.csv"], cwd=tmp_path, real=True)
