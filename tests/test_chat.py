@@ -359,8 +359,8 @@ def test_talking_in_a_terminal(terminal, saved, tmp_path):
     child.sendline("Do bees fly?")
     child.expect(r"bh-peft> \S+")
     child.expect("you> ")
-    # At the prompt Ctrl-C ends the program. One that comes after Python wrote the prompt and before it waits for a key is
-    # lost (`select` in CPython's readline.c blocks all the same): pressed again, as a person would.
+    # At the prompt Ctrl-C ends the program. One that comes after Python wrote the prompt and before it waits for a key
+    # is lost (`select` in CPython's readline.c blocks all the same): pressed again, as a person would.
     for _ in range(5):
         child.sendintr()
         if child.expect(["\r\n", pexpect.TIMEOUT], timeout=15) == 0:
