@@ -14,9 +14,15 @@ WORDS = 3  # shared texts of fewer words than this ("the film") give nothing awa
 
 
 def write_slices(
-    data_path: Path, folder: Path, train_rows: int | None, validation_rows: int, seed: int, whole: bool = True
+    data_path: Path,
+    folder: Path,
+    train_rows: int | None,
+    validation_rows: int,
+    seed: int,
+    whole: bool = True,
+    held_out_rows: int = 0,
 ) -> None:
-    """Write train.csv, validation.csv (and its halves fit.csv, report.csv) and dev.csv into `folder`.
+    """Write train.csv, validation.csv (and its halves fit.csv, report.csv), held_out.csv and dev.csv into `folder`.
 
     GLUE's train holds sentences and phrases of them: a validation row that is part of a training row, or has one as its
     part, has been seen. So rows are drawn by seed, first those of training, then those of validation among the rest,
@@ -26,6 +32,7 @@ def write_slices(
         train_rows: None takes all that validation leaves: then validation is drawn first, and the training rows that
             share a text with it are dropped.
         whole: only rows that no other row of train contains count for validation: whole sentences, as dev's are.
+        held_out_rows: drawn behind those of validation and as they are, for figures that nothing is tuned on.
 
     Raises:
         InputError: too few rows.
@@ -39,19 +46,23 @@ def write_slices(
     joined = "\n".join(f" {example.group} " for example in rows)
     chosen = [] if train_rows is None else rows[:train_rows]
     phrases = _Phrases(chosen)
-    validation = []
+    kept, wanted = [], validation_rows + held_out_rows
     for example in rows[len(chosen) :]:
-        if len(validation) == validation_rows:
+        if len(kept) == wanted:
             break
         if (not whole or _is_whole(example, joined)) and not phrases.share(example):
-            validation.append(example)
-    if len(validation) < validation_rows or not rows:
-        raise InputError(f"{data_path}: {len(rows)} rows are too few for {train_rows} and {validation_rows}")
+            kept.append(example)
+    if len(kept) < wanted or not rows:
+        raise InputError(
+            f"{data_path}: {len(rows)} rows are too few for {train_rows or 'all'} to train on and {wanted} to keep "
+            f"from it; {len(kept)} can be kept"
+        )
     if train_rows is None:
-        held, phrases = {example.group for example in validation}, _Phrases(validation)
-        chosen = [example for example in rows if example.group not in held and not phrases.share(example)]
-    half = len(validation) // 2
+        groups, phrases = {example.group for example in kept}, _Phrases(kept)
+        chosen = [example for example in rows if example.group not in groups and not phrases.share(example)]
+    validation, held_out, half = kept[:validation_rows], kept[validation_rows:], validation_rows // 2
     parts = {"train": chosen, "validation": validation, "fit": validation[:half], "report": validation[half:]}
+    parts |= {"held_out": held_out} if held_out else {}
     for name, part in {**parts, "dev": dev}.items():
         write_rows(folder / f"{name}.csv", ["text_input", "text_label"], [(e.query, e.answer) for e in part])
 

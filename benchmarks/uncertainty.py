@@ -7,7 +7,8 @@ Each seed draws training and validation rows of GLUE's train (benchmarks/slices.
 training text or has one as its part) and starts the weights. Every method trains on the same rows, by the project's own
 trainer, and answers the 872 rows of GLUE's dev, which nothing is tuned on, and rows of another domain (generics).
 --tune_on_validation puts one half of the validation rows in dev's place (temperatures are fitted on the other half): to
-choose SETTINGS by.
+choose SETTINGS by. --held_out_rows asks so many more sentences of train in dev's place, kept from training and from
+validation, that nothing was tuned on: where dev's 872 are too few to tell two methods apart.
 
 Prints means +- sample deviations over seeds, and differences to "map" and to its temperature with 95 % intervals
 (Student's t over seeds of the paired differences; seeds differ in rows and weights, the test rows are the same). Writes
@@ -121,10 +122,12 @@ class Bench:
         """The folder of a seed's train.csv, validation.csv, dev.csv."""
         flags = self.flags
         name = f"{flags.train_rows or 'all'}-{flags.validation_rows}-{flags.validation}-{seed}"
+        name += f"-{flags.held_out_rows}" if flags.held_out_rows else ""
         folder = self.folder / f"slices-{flags.data_path.resolve().name}-{name}"
         if not (folder / "dev.csv").is_file():  # written last
             whole = flags.validation == "sentences"
-            write_slices(flags.data_path, folder, flags.train_rows, flags.validation_rows, seed, whole)
+            rows = (flags.train_rows, flags.validation_rows)
+            write_slices(flags.data_path, folder, *rows, seed, whole, flags.held_out_rows)
         return folder
 
     def run_trainer(self, name: str, seed: int, settings: dict) -> tuple[dict, Path]:
@@ -175,7 +178,9 @@ class Bench:
     @property
     def parts(self) -> tuple[str, str]:
         """Files of the rows that temperatures are fitted on and that figures are of."""
-        return ("fit.csv", "report.csv") if self.flags.tune_on_validation else ("validation.csv", "dev.csv")
+        if self.flags.tune_on_validation:
+            return "fit.csv", "report.csv"
+        return "validation.csv", "held_out.csv" if self.flags.held_out_rows else "dev.csv"
 
     def run(self, method: str, seed: int) -> dict:
         """Train and answer; the figures."""
@@ -225,6 +230,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(SETTINGS))
     parser.add_argument("--tune_on_validation", action="store_true", help="figures of validation rows instead of dev's")
+    parser.add_argument("--held_out_rows", type=int, default=0, metavar="N",
+                        help="figures of N sentences of train that nothing was tuned on, instead of dev's")  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="a few rows and steps; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/uncertainty_ROWS.json")
     parser.add_argument("--work_folder", type=Path, help="where adapters and slices are kept (default: nowhere)")
@@ -236,6 +243,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if flags.jobs < 1:
         raise InputError(f"--jobs {flags.jobs}: must be at least 1")
+    if flags.held_out_rows < 0:
+        raise InputError(f"--held_out_rows {flags.held_out_rows}: must be 0 (dev's) or more")
+    if flags.held_out_rows and flags.tune_on_validation:
+        raise InputError("--held_out_rows and --tune_on_validation: figures are of one of them; give one")
     unknown = set(flags.methods.split(",")) - set(SETTINGS)
     if unknown:
         raise InputError(f"--methods {', '.join(sorted(unknown))}: must be of {', '.join(SETTINGS)}")
@@ -246,7 +257,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flags.train_rows = None if flags.train_rows == "all" else int(flags.train_rows)
     if flags.smoke:
         flags.train_rows, flags.validation_rows = SMOKE["train_rows"], SMOKE["validation_rows"]
-    part = "-validation" if flags.tune_on_validation else ""
+    part = "-validation" if flags.tune_on_validation else "-held-out" if flags.held_out_rows else ""
     name = f"uncertainty_{flags.train_rows or 'all'}{part}.json"
     flags.out = flags.out or ROOT / "results/benchmarks" / name
     return flags
@@ -255,10 +266,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def slice_of(flags: argparse.Namespace) -> dict:
     """The base and the rows that a run is of, by their folders' names; runs of different ones stand side by side."""
     ood = flags.ood_data_path
+    reported_on = f"{flags.held_out_rows} held out" if flags.held_out_rows else "dev"
+    reported_on = "validation" if flags.tune_on_validation else reported_on
     return {
         "precision": flags.precision, "train_rows": flags.train_rows, "validation_rows": flags.validation_rows,
         "validation": flags.validation,
-        "reported_on": "validation" if flags.tune_on_validation else "dev", "smoke": flags.smoke,
+        "reported_on": reported_on, "smoke": flags.smoke,
         "base_model": Path(flags.base_model).name, "data": flags.data_path.resolve().name,
         "ood_data": None if ood is None else ood.resolve().name,
     }  # fmt: skip

@@ -362,8 +362,17 @@ def test_slices_share_no_phrase_and_validate_on_whole_sentences(little_sst2, tmp
         assert not any(a in b or b in a for a in train for b in validation)
         assert all(text.endswith(" . ") for text in validation)
         assert read(folder, "fit") + read(folder, "report") == validation and len(read(folder, "dev")) == 12
-    write_slices(little_sst2, tmp_path / "again", 30, 12, seed=3)
-    assert read(tmp_path / "again", "train") == read(tmp_path / "30", "train")
+    write_slices(little_sst2, tmp_path / "again", 30, 12, seed=3, held_out_rows=5)
+    for part in ("train", "validation"):  # the same whether more is held out or not
+        assert read(tmp_path / "again", part) == read(tmp_path / "30", part)
+    held_out, others = read(tmp_path / "again", "held_out"), read(tmp_path / "again", "train")
+    assert len(held_out) == 5 and not set(held_out) & set(read(tmp_path / "again", "validation"))
+    assert not any(a in b or b in a for a in others for b in held_out) and not (tmp_path / "30/held_out.csv").exists()
+    write_slices(little_sst2, tmp_path / "whole", None, 12, seed=3, held_out_rows=5)
+    others = read(tmp_path / "whole", "train")
+    assert not any(a in b or b in a for a in others for b in read(tmp_path / "whole", "held_out"))
+    with pytest.raises(InputError, match="too few for 30 to train on and 9999 to keep"):
+        write_slices(little_sst2, tmp_path / "none", 30, 12, seed=3, held_out_rows=9987)
 
 
 def test_the_benchmark_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_path, capsys, monkeypatch):
@@ -386,6 +395,13 @@ def test_the_benchmark_runs_writes_and_goes_on(little_sst2, tiny_encoder, tmp_pa
     assert all(0 <= run["measures"]["entropy"]["auroc_ood"] <= 1 for run in record["runs"])
     text = capsys.readouterr().out
     assert "Minus map" in text and (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG")
+
+    held = uncertainty.main([*flags[:4], *flags[6:], "--methods", "map", "--held_out_rows", "4"])["runs"]
+    assert [run["reported_on"] for run in held] == ["dev", "dev", "4 held out"]  # beside the others, not in their place
+    asked = read_metrics(tmp_path / "work/results/map-0/metrics/run.json")["config"]["test_file"]
+    assert asked.endswith("held_out.csv")
+    with pytest.raises(InputError, match="give one"):
+        uncertainty.parse_arguments([*flags, "--held_out_rows", "4", "--tune_on_validation"])
 
     before = json.loads((tmp_path / "u.json").read_text())
     with monkeypatch.context() as patch:
