@@ -34,6 +34,9 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,6 +45,8 @@ import parameter_efficient_fine_tuning as trainer_script  # noqa: E402
 from benchmarks.processes import end_with_parent  # noqa: E402
 from benchmarks.slices import write_slices  # noqa: E402
 from benchmarks.uncertainty_table import draw, figures_of, tables  # noqa: E402
+from bhpeft import training  # noqa: E402
+from bhpeft.adapters.bh_peft import gaussian_layers  # noqa: E402
 from bhpeft.bayesianise import bayesianise  # noqa: E402
 from bhpeft.combine import combine  # noqa: E402
 from bhpeft.environment import bf16_in_hardware, hardware, library_versions  # noqa: E402
@@ -67,7 +72,8 @@ BH_PEFT = {
 POSTERIOR = {"posterior_samples": SAMPLES}
 TEMPERATURE = {"fit_temperature": True}
 # Flags of training ("train") and of answering ("test"); methods of equal training share it. "members": a deep ensemble.
-# "measure": what rejects and tells other domains (default: 1 - the probability of the likeliest label).
+# "measure": what rejects and tells other domains (default: 1 - the probability of the likeliest label). "independent":
+# samples without pairs, to be compared with.
 SETTINGS = {
     "map": {"train": LORA, "test": DISTANCE},
     "map+temperature": {"train": LORA, "test": {**TEMPERATURE, **DISTANCE}},
@@ -80,6 +86,7 @@ SETTINGS = {
     },
     "bh-peft": {"train": BH_PEFT, "test": {**POSTERIOR, **DISTANCE}},
     "bh-peft+temperature": {"train": BH_PEFT, "test": {**POSTERIOR, **TEMPERATURE, **DISTANCE}},
+    "bh-peft-independent": {"train": BH_PEFT, "independent": True, "test": {**POSTERIOR, **DISTANCE}},
     "bh-peft-all": {"train": {**BH_PEFT, "bayesian": "all"}, "test": POSTERIOR},
     "bh-peft-kl-0.01": {"train": {**BH_PEFT, "kl_weight": 0.01}, "test": POSTERIOR},
     "bh-peft-kl-1": {"train": {**BH_PEFT, "kl_weight": 1}, "test": POSTERIOR},
@@ -105,6 +112,18 @@ def precision_of_its_own() -> Iterator[None]:
         os.environ.pop(PRECISION, None)
         if before is not None:
             os.environ[PRECISION] = before
+
+
+@contextlib.contextmanager
+def independent_draws() -> Iterator[None]:
+    """Within the block the trainer's posterior samples are drawn one by one, not in pairs (`drawn_noise`)."""
+
+    def drawn(model, samples: int, seed: int = 0) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(samples, *layer.mu.shape, generator=generator) for layer in gaussian_layers(model)]
+
+    with patch.object(training, "drawn_noise", drawn):
+        yield
 
 
 class Bench:
@@ -196,7 +215,8 @@ class Bench:
             # The base's dropout is no part of an adapter's folder.
             kept = {key: value for key, value in settings["train"].items() if key == "base_dropout"}
             name = f"{method}-member{member}" if members > 1 else method
-            record, folder = self.test(name, adapter, seed, {**kept, **settings.get("test", {})})
+            with independent_draws() if settings.get("independent") else contextlib.nullcontext():
+                record, folder = self.test(name, adapter, seed, {**kept, **settings.get("test", {})})
             predictions.append(folder)
         folder = predictions[0]
         if members > 1:

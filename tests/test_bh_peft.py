@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_command
@@ -399,6 +400,37 @@ def test_samples_in_one_pass_equal_samples_one_by_one(kind, bayesian):
     with torch.no_grad():
         mean = model(**inputs).logits
         assert torch.equal(mean, model(**inputs).logits)  # without samples: the posterior mean
+
+
+def test_samples_are_drawn_in_pairs_of_which_each_is_a_draw():
+    layers = gaussian_layers(model := adapted(base_of("llama")))
+    for samples in (1, 2, 5, 6):
+        noise, pairs = drawn_noise(model, samples, seed=3), samples // 2
+        assert [eps.shape for eps in noise] == [(samples, layer.out_features, layer.in_features) for layer in layers]
+        assert all(torch.equal(eps[-pairs:], -eps[:pairs]) for eps in noise if pairs)
+        assert len({float(eps[s, 0, 0]) for eps in noise for s in range(samples)}) == samples * len(noise)
+    assert not torch.equal(drawn_noise(model, 2, seed=4)[0], drawn_noise(model, 2, seed=3)[0])
+
+
+def test_pairs_bring_the_mean_nearer_than_draws_without():
+    """Against the exact mean of sigmoid(a + b eps), by Gauss-Hermite quadrature, and draws without pairs."""
+    layer = GaussianLinear(12, 1).eval()
+    layer.g.data.fill_(0.6)
+    x = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    a, b = float(layer.mu.detach() @ x), 0.36 * float(x.norm())
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    exact = float((weights / (1 + np.exp(-a - b * nodes))).sum() / weights.sum())
+
+    def far(noise_of):
+        errors = []
+        for seed in range(300):
+            with torch.no_grad(), posterior_noise(layer, 10, noise=noise_of(seed)):
+                errors.append(float(layer(x.expand(10, 1, 12)).sigmoid().mean()) - exact)
+        assert abs(np.mean(errors)) < 4 * np.std(errors) / 300**0.5  # neither is biased
+        return np.std(errors)
+
+    paired = far(lambda seed: drawn_noise(layer, 10, seed))
+    assert paired < 0.5 * far(lambda seed: [torch.randn(10, 1, 12, generator=torch.Generator().manual_seed(seed))])
 
 
 def test_noise_of_other_samples_is_refused():

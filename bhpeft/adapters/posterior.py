@@ -19,6 +19,8 @@ BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # 
 def drawn_noise(model: nn.Module, samples: int, seed: int = 0) -> list[torch.Tensor]:
     """Standard normal noise of S posterior samples: a (samples, out, in) tensor on the CPU for each Gaussian matrix.
 
+    Drawn in pairs: sample s + ceil(S / 2) has sample s's noise with the other sign (antithetic variates, Hammersley and
+    Morton 1956). Each is a draw from the posterior, and what the noise moves linearly falls out of their mean.
     It depends on the seed alone, so every rank draws the same weights.
 
     Raises:
@@ -28,7 +30,10 @@ def drawn_noise(model: nn.Module, samples: int, seed: int = 0) -> list[torch.Ten
     if not layers:
         raise ValueError("no Gaussian weights to sample; train with --bayesian down or all")
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(samples, layer.out_features, layer.in_features, generator=generator) for layer in layers]
+    half = [
+        torch.randn(-(-samples // 2), layer.out_features, layer.in_features, generator=generator) for layer in layers
+    ]
+    return [torch.cat([eps, -eps])[:samples] for eps in half]
 
 
 @contextlib.contextmanager
