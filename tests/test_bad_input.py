@@ -310,7 +310,7 @@ CASES = [
     *((TRAINER, TEST + adapter, *words) for adapter, *words in ADAPTERS),
     *SCRIPTS,
 ]
-LIMIT = 5.0  # seconds, as people wait for a message
+LIMIT = 15.0  # seconds, as people wait for a message, on a slow and busy machine (6 were seen)
 
 
 @pytest.fixture(scope="module")
