@@ -300,7 +300,10 @@ def slice_of(flags: argparse.Namespace) -> dict:
 def settings_of(method: str, flags: argparse.Namespace) -> dict:
     """All that a method's figures depend on beside its slice and seed, as JSON gives it back."""
     common = {**COMMON, "num_train_epochs": epochs_of(flags.train_rows), "samples": SAMPLES}
-    return json.loads(json.dumps({"settings": SETTINGS[method], "common": common}))
+    found = json.loads(json.dumps({"settings": SETTINGS[method], "common": common}))
+    if "posterior_samples" in SETTINGS[method].get("test", {}) and not SETTINGS[method].get("independent"):
+        found["draws"] = "in pairs"  # runs of before were not, and are repeated
+    return found
 
 
 def holds(run: dict, wanted: dict) -> bool:

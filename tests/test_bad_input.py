@@ -310,7 +310,7 @@ CASES = [
     *((TRAINER, TEST + adapter, *words) for adapter, *words in ADAPTERS),
     *SCRIPTS,
 ]
-LIMIT = 15.0  # seconds, as people wait for a message, on a slow and busy machine (6 were seen)
+LIMIT = 5.0  # seconds, as people wait for a message
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +339,10 @@ def test_a_mistake_is_one_line_that_says_what_and_what_to_do(case, world):
     before, started = contents(world), time.perf_counter()
     finished = run(script, flags, world)
     took = time.perf_counter() - started
+    if took >= LIMIT:  # once more, for something else may have had the machine
+        started = time.perf_counter()
+        run(script, flags, world)
+        took = time.perf_counter() - started
     assert finished.returncode == 2, finished.stdout + finished.stderr
     lines = [line for line in finished.stderr.splitlines() if line]  # a progress bar leaves its line end
     assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 1000, finished.stderr
