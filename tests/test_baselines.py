@@ -482,6 +482,22 @@ def test_the_benchmark_of_rounds_runs_writes_and_goes_on(little_sst2, tiny_encod
         assert rounds.main([*flags, "--methods", "weights;posterior"]) == json.loads((tmp_path / "r.json").read_text())
 
 
+def test_the_benchmark_compares_with_samples_that_have_no_pairs():
+    from benchmarks import uncertainty
+    from bhpeft import training
+    from bhpeft.adapters.bh_peft import GaussianLinear
+
+    layer = GaussianLinear(50, 40)
+    (paired,) = training.drawn_noise(layer, 4, 7)
+    assert torch.equal(paired[2:], -paired[:2])
+    with uncertainty.independent_draws():
+        (alone,) = training.drawn_noise(layer, 4, 7)
+        assert torch.equal(alone, training.drawn_noise(layer, 4, 7)[0])
+    correlations = torch.corrcoef(alone.flatten(1)) - torch.eye(4)
+    assert alone.shape == paired.shape and correlations.abs().max() < 5 / 2000**0.5
+    assert training.drawn_noise(layer, 4, 7)[0].equal(paired)  # in pairs again
+
+
 def test_runs_of_the_benchmark_replace_their_own_alone(tmp_path, monkeypatch, capsys):
     from benchmarks import uncertainty
 
