@@ -6,9 +6,13 @@ with NumPy and pandas alone and start in under a second.
 
 import importlib.abc
 import importlib.util
+import logging
 import sys
 
 __version__ = "0.1.0"
+
+# As peft imports it, on CPUs with bf16, bitsandbytes warns of an optional kernel that it would fetch from the hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class _RegisterWithPeft(importlib.abc.MetaPathFinder):

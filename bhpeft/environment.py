@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import ctypes
 import importlib.metadata
-import logging
 import os
 import platform
 import re
@@ -128,7 +127,6 @@ def load_tensors_alone() -> None:
 
 def _quieten() -> None:
     """Silence what libraries say at every start or step and no user can act on."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional CPU kernels that are not installed
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft still asks for it
     # DeepSpeed calls collectives by names that torch 2.13 renamed: one warning a rank and step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+_tensor` is deprecated")

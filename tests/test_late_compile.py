@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import TRAINER, run_command
 
 from bhpeft.late_compile import compiling_late
 
@@ -35,3 +35,9 @@ def test_a_function_is_compiled_when_it_is_called_and_once(settings, monkeypatch
     assert torch.compile is compile_now and not asked
     assert [double(1), double(2)] == [("compiled", 2), ("compiled", 4)]
     assert asked == [settings]
+
+
+def test_help_is_all_that_help_prints():
+    """Nothing of bitsandbytes' own on stderr, which warns of a kernel on CPUs that multiply in bf16."""
+    ended = run_command([sys.executable, TRAINER, "--help"], real=True)
+    assert ended.stdout.startswith("usage: ") and ended.stderr == ""
