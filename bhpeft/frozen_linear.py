@@ -1,8 +1,8 @@
-"""Linear layers of a frozen base on CPUs with AVX-512 that are not Intel's: by oneDNN, in fp32, at up to twice the speed.
+"""Linear layers of a frozen base on CPUs with AVX-512 that are not Intel's: by oneDNN, in fp32, up to twice as fast.
 
 torch gives fp32 products to MKL, which takes a slower path where the vendor of the CPU is not Intel (pytorch/builder
 issue 504, pull request 1245). oneDNN, which comes with torch too and does its bf16 products, goes by what the CPU can
-do: on an EPYC with AVX-512 it reaches 200 GFLOP/s a core where MKL reaches 95 (on a Zen 4, whose units are half as wide,
+do: on an EPYC with AVX-512 it reaches 200 GFLOP/s a core where MKL reaches 95 (on a Zen 4, with units half as wide,
 both reach 100). Weights stay as they lie. As they are frozen, the backward pass is one product: dL/dx = D W.
 """
 
