@@ -34,7 +34,7 @@ import numpy as np  # noqa: E402
 
 import parameter_efficient_fine_tuning as trainer_script  # noqa: E402
 from benchmarks.slices import write_slices  # noqa: E402
-from benchmarks.uncertainty import BH_PEFT, COMMON, precision_of_its_own  # noqa: E402
+from benchmarks.uncertainty import BH_PEFT, COMMON, add_precision, precision_of_its_own  # noqa: E402
 from benchmarks.uncertainty_table import aligned, t_interval  # noqa: E402
 from bhpeft.environment import hardware, library_versions  # noqa: E402
 from bhpeft.errors import InputError, run_main  # noqa: E402
@@ -91,6 +91,7 @@ def run(method: str, seed: int, slices: Path, flags: argparse.Namespace) -> dict
     tested = "validation.csv" if flags.tune_on_validation else "dev.csv"
     settings |= {"dataset_name": slices / "train.csv", "test_file": slices / tested, "seed": seed, "data_seed": seed}
     settings |= {"base_model": flags.base_model, "labels": ["negative", "positive"], "disable_tqdm": True}
+    settings["bf16"] = flags.precision == "bf16"
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, precision_of_its_own():
         settings |= {"run_name": "run", "results_dir": f"{folder}/results", "output_dir": f"{folder}/adapter"}
@@ -171,6 +172,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a few rows and steps; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/rounds.json")
     parser.add_argument("--again", action="store_true", help="repeat runs that the output file holds already")
+    add_precision(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
     flags.methods = [method.strip() for method in flags.methods.split(";")]
@@ -191,7 +193,8 @@ def main(argv: list[str] | None = None) -> dict:
     record: dict = json.loads(flags.out.read_text()) if flags.out.is_file() else {"runs": []}
     runs = record["runs"]
     place = {
-        "rounds": flags.rounds, "smoke": flags.smoke, "base_model": Path(flags.base_model).name,
+        "precision": flags.precision, "rounds": flags.rounds, "smoke": flags.smoke,
+        "base_model": Path(flags.base_model).name,
         "data": flags.data_path.resolve().name, "reported_on": "validation" if flags.tune_on_validation else "dev",
     }  # fmt: skip
 

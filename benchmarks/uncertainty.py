@@ -238,6 +238,13 @@ class Bench:
         return out, json.loads((out / "seconds.json").read_text())
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """--precision of a benchmark's runs."""
+    default = "bf16" if bf16_in_hardware() else "fp32"
+    text = "default: bf16 where this machine multiplies in it, else fp32"
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default=default, help=text)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", required=True, help="encoder, e.g. the folder of all-MiniLM-L6-v2")
@@ -256,8 +263,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/uncertainty_ROWS.json")
     parser.add_argument("--work_folder", type=Path, help="where adapters and slices are kept (default: nowhere)")
     parser.add_argument("--again", action="store_true", help="repeat runs that the output file holds already")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if bf16_in_hardware() else "fp32",
-                        help="default: bf16 where this machine multiplies in it, else fp32")  # fmt: skip
+    add_precision(parser)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
