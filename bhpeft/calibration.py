@@ -2,7 +2,8 @@
 
     labels      a temperature T (`--fit_temperature`): probabilities are those of scores / T        temperature.py
     numbers     the deviation n of the labels' own noise: n^2 = mean((y - m)^2 - e^2) over validation rows, m the
-                prediction and e the deviation of its samples; a prediction's total deviation is sqrt(e^2 + n^2)
+                prediction and e the deviation of its samples; a prediction's total deviation is sqrt(e^2 + n^2), but n
+                where n was measured without samples
 
 Both are written into the adapter's card, so that testing and using it apply them too.
 """
@@ -80,7 +81,7 @@ def calibrate(run: Run, task: Task, answered: dict[str, Answered], card: TaskCar
         before, *_ = label_nll(validation, task)
         card.score_temperature, card.score_temperature_samples = 1.0 if at_an_end(fitted) else fitted, samples
     if validation is not None and task.task_type == "regression":
-        card.noise_sd = label_noise(validation)
+        card.noise_sd, card.noise_samples = label_noise(validation), samples
     if run.training.do_train:
         if environment.is_main_process() and (card.score_temperature, card.noise_sd) != (None, None):
             card.write(run.training.output_dir)
@@ -89,7 +90,8 @@ def calibrate(run: Run, task: Task, answered: dict[str, Answered], card: TaskCar
 
     for name, part in answered.items():
         if name != "base":
-            part.temperature, part.noise_sd = card.score_temperature or 1.0, card.noise_sd
+            part.temperature = card.score_temperature or 1.0
+            part.noise_sd, part.noise_samples = card.noise_sd, card.noise_samples
             if not part.generated and task.labels:
                 texts = scored_texts(part, task)
                 part.outputs = [replace(row, output=text) for row, text in zip(part.outputs, texts, strict=True)]
@@ -102,7 +104,17 @@ def calibrate(run: Run, task: Task, answered: dict[str, Answered], card: TaskCar
             after, *_ = label_nll(validation, task)
             say(f"temperature T = {fitted:.3f}, fitted on {rows}: their NLL {before:.4f} -> {after:.4f}")
     if card.noise_sd is not None:
-        say(f"noise of the labels {card.noise_sd:.4g} (standard deviation), by validation rows")
+        text = f"noise of the labels {card.noise_sd:.4g} (standard deviation), by validation rows"
+        say(text + noise_note(card.noise_samples, samples))
+
+
+def noise_note(fitted_with: int | None, samples: int) -> str:
+    """What is to be said where the labels' noise was measured beside another number of samples than there are now."""
+    if fitted_with and not samples:
+        return f" and {fitted_with} samples of the weights; without samples the intervals lack what those disagree in"
+    if fitted_with == 0 and samples:
+        return " and no samples of the weights: it holds what those disagree in, which is not added again"
+    return ""
 
 
 def _keep(run: Run, card: TaskCard) -> None:
@@ -117,4 +129,4 @@ def _keep(run: Run, card: TaskCard) -> None:
         if own.score_temperature != 1:
             say(note)
     if own is not None and card.noise_sd is None:
-        card.noise_sd = own.noise_sd
+        card.noise_sd, card.noise_samples = own.noise_sd, own.noise_samples

@@ -128,13 +128,18 @@ def read_distance(folder: str | Path) -> FeatureDistance | None:
 def mean_features(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **further) -> torch.Tensor:
     """(B, H) means over tokens of the last hidden states, in float32, of a model whose adapter is off.
 
+    Padding goes to the right first: models of absolute positions, GPT-2 say, count them from a row's beginning, padding
+    or not, so that a row would have other features in each batch.
+
     Args:
         inputs: input_ids and attention_mask, (B, L), or (B, choices, L): then the mean over all choices' tokens.
         further: arguments of the model.
     """
     asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
+    order = asked["attention_mask"].argsort(dim=-1, descending=True, stable=True)
+    asked = {name: value.gather(-1, order) for name, value in asked.items()}
     hidden = model(**asked, output_hidden_states=True, **further).hidden_states[-1].float()
-    mask = inputs["attention_mask"].to(hidden.device).float()
+    mask = asked["attention_mask"].to(hidden.device).float()
     rows = len(mask)
     hidden, mask = hidden.reshape(rows, -1, hidden.shape[-1]), mask.reshape(rows, -1, 1)
     return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -239,11 +239,15 @@ def kl_to_mean(p_s) -> np.ndarray:
 
 
 def max_prob_sd(p_s) -> np.ndarray:
-    """(N,): standard deviation over samples (divided by S - 1; 0 for one sample) of the probability of the label that
-    the mean prediction gives most. Args: (S, N, C) probabilities."""
+    """(N,): standard deviation over samples, divided by S as `variance` is, of the probability of the label that the
+    mean prediction gives most. Args: (S, N, C) probabilities.
+
+    S - 1 would be for samples drawn independently; posterior samples come in pairs of opposite noise (`drawn_noise`),
+    whose mean is, as far as the noise moves it linearly, no estimate but exact.
+    """
     p_s = _distributions(p_s, 3)
     likeliest = p_s.mean(axis=0).argmax(axis=1)
-    return p_s[:, np.arange(p_s.shape[1]), likeliest].std(axis=0, ddof=min(1, len(p_s) - 1))
+    return p_s[:, np.arange(p_s.shape[1]), likeliest].std(axis=0)
 
 
 def one_minus_max_prob(p) -> np.ndarray:
@@ -383,6 +387,19 @@ def selective_figures(uncertainty, correct, fractions: Sequence[float] = (), cou
 
 
 # ----------------------------------------------------------------------------------------- regression
+
+
+def total_deviation(epistemic, noise_sd: float, noise_samples: int | None = None) -> np.ndarray:
+    """(N,): deviation of labels around their predictions, sqrt(epistemic^2 + noise_sd^2).
+
+    Args:
+        epistemic: (N,) deviations of the samples.
+        noise_sd: of what is not the samples', as residuals on validation rows gave it.
+        noise_samples: with how many samples. Without any, 0, noise_sd holds all there is, the epistemic part of a
+            typical row too, which is not added again; None: not known, taken for some.
+    """
+    epistemic = np.asarray(epistemic, dtype=float)
+    return np.hypot(0 if noise_samples == 0 else epistemic, np.full(epistemic.shape, float(noise_sd)))
 
 
 def interval_coverage(mean, sd, y, level: float = 0.95, average: bool = True) -> float | np.ndarray:

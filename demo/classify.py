@@ -38,6 +38,7 @@ from bhpeft.adapter_files import check_adapter_folder  # noqa: E402
 from bhpeft.errors import InputError, Parser, run_main  # noqa: E402
 from bhpeft.files import csv_line, write_rows  # noqa: E402
 from bhpeft.scores import entropy, probabilities  # noqa: E402
+from bhpeft.uncertainty import total_deviation  # noqa: E402
 
 if TYPE_CHECKING:  # torch and transformers are loaded once the flags are known to be right
     from transformers import PretrainedConfig
@@ -213,6 +214,7 @@ def answer(found: Trained, texts: Sequence[str], args: argparse.Namespace) -> di
         load_tokenizer,
         load_with_head,
     )
+    from bhpeft.calibration import noise_note
     from bhpeft.scoring import score
     from bhpeft.tasks import Example, Task
     from bhpeft.tasks.card import TaskCard
@@ -249,7 +251,9 @@ def answer(found: Trained, texts: Sequence[str], args: argparse.Namespace) -> di
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     scores = score(model, rows, tokenizer.pad_token_id, args.batch_size, found.samples, args.seed)
     if not task.labels:
-        return number_columns(encoder.standardiser.restore(scores), card.noise_sd)
+        if card.noise_sd is not None and (note := noise_note(card.noise_samples, found.samples)):
+            print(f"noise of the labels by validation rows{note}", file=sys.stderr)
+        return number_columns(encoder.standardiser.restore(scores), card.noise_sd, card.noise_samples)
     if card.score_temperature is not None:
         note = f"probabilities at temperature {card.score_temperature:.3f}, as the adapter's card says"
         if card.score_temperature_samples != found.samples:
@@ -277,28 +281,30 @@ def label_columns(scores: np.ndarray, labels: Sequence[str]) -> dict[str, list]:
     columns |= {"max_prob": p.max(1), "entropy": entropy(p)}
     if len(scores) > 1:
         columns["mutual_information"] = np.maximum(entropy(p) - entropy(each).mean(0), 0)  # rounding may go below
-        columns["max_prob_sd"] = each[:, np.arange(len(p)), best].std(0, ddof=1)
+        columns["max_prob_sd"] = each[:, np.arange(len(p)), best].std(0)
     return {name: values.tolist() for name, values in columns.items()}
 
 
-def number_columns(values: np.ndarray, noise_sd: float | None = None) -> dict[str, list]:
+def number_columns(
+    values: np.ndarray, noise_sd: float | None = None, noise_samples: int | None = None
+) -> dict[str, list]:
     """Numbers and their spread.
 
     Args:
         values: (S, N, 1) in the labels' own units, under S weights.
         noise_sd: deviation of the labels' own noise, where the adapter's card knows it.
+        noise_samples: how many samples it was measured beside, likewise (`total_deviation`).
 
     Returns:
         prediction, the mean over the weights, N values; where S is above 1 also prediction_sd; with `noise_sd` also
         total_sd and the Gaussian 95 % interval low_95 to high_95.
     """
-    mean, spread = values[..., 0].mean(0), np.zeros(values.shape[1])
+    mean, spread = values[..., 0].mean(0), values[..., 0].std(0)
     columns = {"prediction": mean.tolist()}
     if len(values) > 1:
-        columns["prediction_sd"] = values[..., 0].std(0, ddof=1).tolist()
-        spread = values[..., 0].std(0)
+        columns["prediction_sd"] = spread.tolist()
     if noise_sd is not None:
-        total = np.hypot(spread, noise_sd)
+        total = total_deviation(spread, noise_sd, noise_samples)
         half = NormalDist().inv_cdf(0.975) * total
         columns |= {"total_sd": total.tolist(), "low_95": (mean - half).tolist(), "high_95": (mean + half).tolist()}
     return columns

@@ -328,6 +328,15 @@ def test_intervals_of_numbers_hold_what_they_say():
     total = table["total_sd"].to_numpy()
     assert total**2 == pytest.approx(table["epistemic_sd"].to_numpy() ** 2 + answered.noise_sd**2)
     assert found["nll"] == pytest.approx(0.5 * np.log(2 * np.pi * (epistemic**2 + noise**2)) + 0.5, abs=0.03)
+    # Measured without samples it holds the epistemic part as well, which must not be added a second time.
+    alone = Answered(answered.ids, outputs, samples.mean(1))
+    answered.noise_sd, answered.noise_samples = label_noise(alone), 0
+    assert answered.noise_sd**2 == pytest.approx(epistemic**2 + noise**2, rel=0.05)
+    table = numbers.predictions(answered, task)
+    assert table["total_sd"].to_numpy() == pytest.approx(np.full(rows, answered.noise_sd)) and "epistemic_sd" in table
+    assert numbers.figures(answered, table, task)["coverage_95"] == pytest.approx(0.95, abs=0.01)
+    answered.noise_samples = None  # a card that does not say is taken for one with samples
+    assert numbers.figures(answered, numbers.predictions(answered, task), task)["coverage_95"] > 0.965
     certain = Answered(answered.ids, outputs, labels[:, None], deviation=2.0)  # residuals of 0 are floored
     assert label_noise(certain) == pytest.approx(0.02)
 

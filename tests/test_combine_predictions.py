@@ -48,7 +48,7 @@ def test_members_are_averaged_whatever_the_order_of_their_rows_and_labels(tmp_pa
         "expected_entropy": -(P * np.log(P)).sum(-1).mean(0),
         "mutual_information": -(mean * np.log(mean)).sum(-1) + (P * np.log(P)).sum(-1).mean(0),
         "variance": P.var(0).mean(-1),
-        "max_prob_sd": P[:, np.arange(8), best].std(0, ddof=1),
+        "max_prob_sd": P[:, np.arange(8), best].std(0),
     }
     for name, values in expected.items():
         assert table[name].to_numpy() == pytest.approx(values), name

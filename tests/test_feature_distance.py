@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from sklearn.metrics import roc_auc_score
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import parameter_efficient_fine_tuning as trainer_script
 from bhpeft.errors import InputError
@@ -85,6 +86,18 @@ def test_features_are_means_over_tokens_whatever_the_padding():
     assert mean_features(Model(), inputs).tolist() == [[1.5, 2.5], [3.0, 9.0]]
     left = {"input_ids": inputs["input_ids"].flip(1), "attention_mask": inputs["attention_mask"].flip(1)}
     assert mean_features(Model(), left).tolist() == [[1.5, 2.5], [3.0, 9.0]]
+
+
+def test_a_row_of_absolute_positions_has_the_same_features_whatever_it_is_padded_with():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=50)).eval()
+    text = torch.randint(50, (1, 5))
+    alone = mean_features(model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
+    padding = torch.zeros(1, 20, dtype=torch.long)
+    for parts in ((padding, text), (text, padding)):  # a language model's rows are padded on the left
+        mask = torch.cat([torch.full_like(part, part is text) for part in parts], 1)
+        padded = mean_features(model, {"input_ids": torch.cat(parts, 1), "attention_mask": mask})
+        assert torch.allclose(padded, alone, atol=1e-5)
 
 
 def test_a_run_writes_it_and_a_test_of_the_adapter_repeats_it(tiny_encoder, labelled, tmp_path):

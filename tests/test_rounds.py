@@ -408,7 +408,9 @@ def test_generated_answers_and_texts_learn_in_rounds(learn, statements, tiny_mod
     lines = [f'{q},"So {a}"' for q, a in statement_rows()]
     (tmp_path / "free.csv").write_text("\n".join(["text_input,text_label", *lines]))
     free = ["--base_model", tiny_model, "--dataset_name", "free.csv"]
-    learn("--rounds", 6, 12, *flags, "--run_name", "f", "--adapter_name", "lora", "--carry", "weights", data=free)
+    text = ["--adapter_name", "lora", "--carry", "weights", "--do_sample", "--max_new_tokens", 4]
+    learn("--rounds", 6, 12, *flags, "--run_name", "f", *text, data=free)
+    assert len(read_predictions(tmp_path / "results/predictions/f.csv")["sampled"]) == 4
     table = read_rounds(tmp_path / "results/rounds/f.csv")
     assert set(table["metric"]) == {"perplexity"}
     assert table["nll"].to_numpy() == pytest.approx(table["value"].map(math.log).to_numpy(), rel=1e-6)

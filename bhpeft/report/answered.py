@@ -29,6 +29,7 @@ class Answered:
         drawn: N texts sampled beside those of `outputs`, where that was asked for.
         distances: (N,) from the training rows in the frozen base's features, where that was asked for.
         noise_sd: deviation of the labels' own noise, in their units, where it is known, for regression.
+        noise_samples: how many samples it was measured beside, where that is known.
     """
 
     ids: Sequence[str]
@@ -41,6 +42,7 @@ class Answered:
     samples: np.ndarray | None = None
     temperature: float = 1.0
     noise_sd: float | None = None
+    noise_samples: int | None = None
     drawn: Sequence[str] | None = None
     distances: np.ndarray | None = None
 

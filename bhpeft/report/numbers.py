@@ -10,7 +10,7 @@ import pandas as pd
 
 from bhpeft.report.answered import Answered
 from bhpeft.scores import regression_figures
-from bhpeft.uncertainty import crps_gaussian, interval_coverage, nll_gaussian
+from bhpeft.uncertainty import crps_gaussian, interval_coverage, nll_gaussian, total_deviation
 
 ROWS = [
     ("rmse", "root mean squared error"),
@@ -26,8 +26,8 @@ def predictions(answered: Answered, task) -> pd.DataFrame:
     """id, label and prediction, both in the labels' own units; of what is known also deviations and an interval.
 
     With samples the prediction is their mean, and `epistemic_sd` their (population) deviation. Where the labels' noise
-    is known (validation rows), `total_sd` = sqrt(epistemic_sd^2 + noise_sd^2), and `low_95` to `high_95` is the central
-    95 % interval of a Gaussian with it.
+    is known (validation rows), `total_sd` is their `total_deviation`, and `low_95` to `high_95` is the central 95 %
+    interval of a Gaussian with it.
     """
     expected = [float(row.expected) if row.expected else np.nan for row in answered.outputs]
     mean, epistemic = answered.numbers()
@@ -35,7 +35,7 @@ def predictions(answered: Answered, task) -> pd.DataFrame:
     if answered.samples is not None:
         table = table.assign(epistemic_sd=epistemic)
     if answered.noise_sd is not None:
-        total = np.hypot(epistemic, answered.noise_sd)
+        total = total_deviation(epistemic, answered.noise_sd, answered.noise_samples)
         half = NormalDist().inv_cdf(0.975) * total
         table = table.assign(total_sd=total, low_95=mean - half, high_95=mean + half)
     return table

@@ -42,10 +42,11 @@ def main_metric(task) -> str:
 def some_of(answered: Answered, places: Sequence[int]) -> Answered:
     """The answers at some places alone."""
     places = list(places)
-    rows = {name: [getattr(answered, name)[place] for place in places] for name in ("ids", "outputs")}
-    for name in ("scores", "tokens", "samples"):
+    rows: dict[str, Any] = {}
+    for name in ("ids", "outputs", "drawn", "scores", "tokens", "samples", "distances"):
         value = getattr(answered, name)
-        rows[name] = None if value is None else value[places]
+        cut = value[places] if isinstance(value, np.ndarray) else value and [value[place] for place in places]
+        rows[name] = cut
     return dataclasses.replace(answered, **rows)
 
 

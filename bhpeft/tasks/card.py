@@ -31,6 +31,7 @@ class TaskCard:
         score_temperature: what scores are divided by before they become probabilities, where one was fitted.
         score_temperature_samples: how many samples of the weights it was fitted with; 0: none.
         noise_sd: standard deviation of the labels' own noise on the validation rows, for regression.
+        noise_samples: how many samples of the weights it was measured beside; 0: none, and it holds their spread too.
     """
 
     task_type: str
@@ -49,6 +50,7 @@ class TaskCard:
     score_temperature: float | None = None
     score_temperature_samples: int = 0
     noise_sd: float | None = None
+    noise_samples: int | None = None
 
     def write(self, folder: str | Path) -> None:
         """Write the card into an adapter's folder, whole or not at all."""
