@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from bhpeft.adapters.training_free import check_free, check_sites, largest_sigma
 from bhpeft.arguments import AdapterArguments, DataArguments
 from bhpeft.base_model import check_positions, load_base_model, load_config, load_tokenizer, load_with_head
 from bhpeft.errors import InputError
+from bhpeft.feature_distance import FILE as DISTANCE
 from bhpeft.scores import probabilities
 from bhpeft.scoring import score
 from bhpeft.tasks import Task
@@ -79,6 +81,8 @@ def bayesianise(
         weights = load_file(made / "adapter_model.safetensors")
         weights = {k: v * sigma_q**0.5 if k.endswith(".down.g") else v for k, v in weights.items()}
         save_file(weights, made / "adapter_model.safetensors", metadata={"format": "pt"})
+        if (distance := Path(adapter_path) / DISTANCE).is_file():  # of the frozen base, so it stays what it is
+            shutil.copy(distance, made / DISTANCE)
         made.replace(out)
     return sigma_q
 

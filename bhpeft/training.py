@@ -115,6 +115,10 @@ class AdapterTrainer(Trainer):
         """
         if self.keeps_labelled and "labels" in inputs and self.label_smoother is None:  # it wants logits as labels lie
             inputs = at_labels(inputs, virtual_tokens_of(self.model)) | {"use_cache": False}
+        # The choices of a question, (B, choices, L), are scored by one weight, as they are where it is sampled.
+        together = inputs["input_ids"].shape[1] if inputs["input_ids"].dim() == 3 else 1
+        for layer in self.gaussian:
+            layer.rows_an_example = together
         # Compiled, by --torch_compile or by accelerate's own configuration, the model would be so anew for each number
         # of labelled positions.
         compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO

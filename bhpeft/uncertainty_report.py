@@ -41,6 +41,10 @@ STYLES = [
 METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 
+class FreeText(InputError):
+    """A predictions file of free text, which has no uncertainty here."""
+
+
 class Figure(NamedTuple):
     """One figure of a file; `measure` is "" where it is of no one measure, low and high are None without interval."""
 
@@ -157,7 +161,8 @@ def read_measures(path: Path, names: Sequence[str], of_labels: bool) -> dict[str
 def read_uncertainty(path: Path, names: Sequence[str] = ()) -> Predictions:
     """Read a predictions file and its measures; rows without a label are left out.
 
-    Raises `InputError` for missing columns, numbers that are none, and labels without a `prob_` column.
+    Raises `InputError` for missing columns, numbers that are none, and labels without a `prob_` column; `FreeText`
+    where there are neither labels nor numbers.
     """
     table = _Table(path)
     column_indices(path, table.header, PREDICTION_COLUMNS)
@@ -173,7 +178,7 @@ def read_uncertainty(path: Path, names: Sequence[str] = ()) -> Predictions:
     labels, p = table.probabilities()
     if not labels:
         if not (table.numeric("label") and table.numeric("prediction")):
-            raise InputError(
+            raise FreeText(
                 f"{path}: no prob_<label> columns, and the labels and predictions are no numbers; name predictions of "
                 "labels or of numbers (free text has no uncertainty here)."
             )

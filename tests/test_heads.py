@@ -21,7 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from bhpeft.adapters import attach_adapter, posterior_samples
+import parameter_efficient_fine_tuning as trainer_script
+from bhpeft.adapters import attach_adapter, posterior_samples, small
 from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import head_modules, load_config, load_with_head, parameter_counts, settle_head
 from bhpeft.errors import InputError
@@ -390,3 +391,24 @@ def test_the_base_s_dropout_can_be_switched_off(bare):
     model, _ = load_with_head(str(bare["bert"]), "classification", ("a", "b"), 1)
     model.train()
     assert not torch.equal(model(**batch()).logits, model(**batch()).logits)
+
+
+@pytest.mark.parametrize("in_c", [True, False])
+def test_the_choices_of_a_question_are_trained_under_one_weight(in_c, tiny_encoder, tmp_path, monkeypatch):
+    """Five choices that are one and the same have equal scores whatever that weight is: the NLL is log 5."""
+    if not in_c:
+        monkeypatch.setattr(small, "takes", lambda *args: False)
+    data = tmp_path / "csqa"
+    data.mkdir()
+    for name, count in (("train_rand_split", 24), ("dev_rand_split", 4)):
+        choices = [{"label": letter, "text": "a bank"} for letter in "ABCDE"]
+        asked = [{"question": {"stem": f"What has {i} doors?", "choices": choices}, "answerKey": "ABCDE"[i % 5]}
+                 for i in range(count)]  # fmt: skip
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"id": "q", **row}) + "\n" for row in asked))
+    flags = ["--base_model", tiny_encoder, "--dataset_name", "csqa", "--data_path", data, "--results_dir", tmp_path]
+    flags += ["--adapter_name", "bh-peft", "--initial_sigma", 0.3, "--base_dropout", 0]
+    flags += ["--learning_rate", 0.01, "--max_steps", 4, "--logging_steps", 1, "--save_strategy", "no"]
+    flags += ["--output_dir", tmp_path / "adapter", "--disable_tqdm", "true"]
+    record = trainer_script.main([str(flag) for flag in flags])
+    losses = [entry["nll"] for entry in record["history"] if "nll" in entry]
+    assert len(losses) == 4 and losses == pytest.approx([math.log(5)] * 4, abs=1e-5)

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from test_bh_peft import base_of
 
+import parameter_efficient_fine_tuning as trainer_script
 from bhpeft.adapters import attach_adapter, posterior_samples
 from bhpeft.adapters.bh_peft import gaussian_layers
 from bhpeft.adapters.gaussian import GaussianLinear
@@ -23,6 +25,8 @@ from bhpeft.adapters.training_free import (
 )
 from bhpeft.arguments import AdapterArguments
 from bhpeft.errors import InputError
+from bhpeft.feature_distance import read_distance
+from util import bayesianise as script
 
 
 def matrices(rank: int = 4):
@@ -105,6 +109,42 @@ def test_the_search_finds_the_border():
     assert largest_sigma(lambda sigma: 1.0, 0.0) == pytest.approx(RANGE[0])
     with pytest.raises(ZeroDivisionError):  # what cannot be computed is not taken for cheap
         largest_sigma(lambda sigma: 1 / math.floor(0.5), 0.0)
+    assert 0.9 - 0.89 > 0.01  # by rounding: five of 500 rows are what is allowed
+    assert largest_sigma(lambda sigma: 0.9 - (0.89 if sigma < 0.5 else 0.5), 0.01, steps=20) == pytest.approx(
+        0.5, rel=1e-4
+    )
+
+
+def test_the_adapter_that_is_written_has_the_sigma_that_was_found_and_costs_what_it_may(
+    tiny_encoder, labelled, tmp_path, capsys
+):
+    """The second path: the trainer answers the rows of the search under the same samples."""
+    common = ["--base_model", tiny_encoder, "--results_dir", tmp_path, "--disable_tqdm", "true", "--feature_distance"]
+    trained, gaussian = tmp_path / "lora", tmp_path / "gaussian"
+    flags = ["--dataset_name", labelled, "--output_dir", trained, "--adapter_name", "lora", "--max_steps", 100]
+    trainer_script.main([*map(str, [*common, "--run_name", "a", *flags, "--lr", 0.01, "--save_strategy", "no"])])
+    capsys.readouterr()
+    search = ["--rows", labelled, "--samples", 4, "--criterion", "nll", "--tolerance", 0.05]
+    script.main([*map(str, [trained, gaussian, *search])])
+    found = float(capsys.readouterr().out.rpartition("sigma_q = ")[2].partition(";")[0])
+    assert RANGE[0] < found < RANGE[1]  # neither end: there was something to search
+
+    stock, made = (load_file(folder / "adapter_model.safetensors") for folder in (trained, gaussian))
+    firsts = [name for name in stock if name.endswith("lora_A.weight")]
+    for name in firsts:
+        mean, _, inverse = gaussian_form(stock[name], stock[name.replace("lora_A", "lora_B")])
+        part = name.replace("lora_A.weight", "bh_parts.default.down")
+        torch.testing.assert_close(made[f"{part}.mu"], mean)
+        sigma = (found * inverse)[:, None].expand_as(mean)
+        torch.testing.assert_close(made[f"{part}.g"].square(), sigma, rtol=1e-3, atol=0)
+    assert firsts and read_distance(gaussian).mean == pytest.approx(read_distance(trained).mean)
+
+    nll = {}
+    for folder, more in ((trained, []), (gaussian, ["--posterior_samples", 4])):
+        asked = ["--adapter_path", folder, "--do_train", "false", "--dataset_name", labelled, "--test_file", labelled]
+        record = trainer_script.main([*map(str, [*common, *asked, "--run_name", folder.name, *more])])
+        nll[folder.name] = record["metrics"]["nll"]
+    assert nll["lora"] + 0.02 < nll["gaussian"] < nll["lora"] + 0.051
 
 
 def test_what_is_no_plain_lora_is_refused(folders, tmp_path):

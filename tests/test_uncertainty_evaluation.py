@@ -299,6 +299,23 @@ def test_broken_files(text, parts, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_free_text_in_a_folder_is_left_out_and_where_it_is_named_refused(tmp_path):
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    write_labels(folder / "good.csv", ["a", "b"], *label_rows(["a", "b"]))
+    (folder / "chat.csv").write_text("id,label,prediction,reference_nll\n0,Hello.,Good day.,3.5\n")
+    flags = ("--results_dir", tmp_path, "--no_plots")
+    for done in (run(*flags), run(folder, *flags)):
+        assert done.returncode == 0 and "good.csv" in done.stdout and "chat" not in done.stdout
+        assert done.stderr == f"{folder / 'chat.csv'}: free text, which has no uncertainty here: left out\n"
+    assert (tmp_path / "plots/good/uncertainty_figures.csv").is_file()
+    refused(run(folder / "good.csv", folder / "chat.csv", *flags), "chat.csv", "free text")
+    (folder / "chat2.csv").write_text((folder / "chat.csv").read_text())
+    (folder / "good.csv").unlink()
+    done = run(*flags)
+    assert done.returncode == 2 and "free text alone" in done.stderr.splitlines()[-1]
+
+
 def test_broken_flags_and_a_broken_file_after_a_good_one(tmp_path):
     good = tmp_path / "good.csv"
     write_labels(good, ["a", "b"], *label_rows(["a", "b"]))

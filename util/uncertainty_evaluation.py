@@ -1,6 +1,6 @@
 """What a model's uncertainty is worth: calibration, and whether the rows it is least sure of are those it gets wrong.
 
-python util/uncertainty_evaluation.py                           every run of results/predictions/
+python util/uncertainty_evaluation.py                           every run of results/predictions/ but free text
 python util/uncertainty_evaluation.py results/predictions/RUN.csv --ood results/predictions/OTHER.csv
 python util/uncertainty_evaluation.py a.csv b.csv --uncertainty entropy mutual_information --out_dir plots
 
@@ -97,13 +97,23 @@ def main(argv: list[str] | None = None) -> None:
     named = set(map(Path, args.files))
     outside = {ood_file(file) for file in files}  # of a folder's files these belong to their runs
     files = [file for file in files if file in named or file not in outside]
+    everything = []  # all are read before anything is printed
+    for file in files:
+        try:
+            everything.append(report.read_uncertainty(file, args.uncertainty))
+        except report.FreeText:
+            if file in named or len(files) == 1:
+                raise
+            print(f"{file}: free text, which has no uncertainty here: left out", file=sys.stderr)
+    if not everything:
+        raise InputError(f"{files[0].parent}: free text alone; name a folder with predictions of labels or of numbers.")
+    files = [predictions.path for predictions in everything]
     stems = [file.stem for file in files]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise InputError(f"two files are called {twice}; rename one, as what is written bears their names.")
     if args.ood and len(args.ood) != len(files):
         raise InputError(f"--ood names {len(args.ood)} files for {len(files)}; give one for each, in their order.")
 
-    everything = [report.read_uncertainty(file, args.uncertainty) for file in files]  # all, before anything is printed
     beside = args.ood or [ood_file(file) if ood_file(file).is_file() else None for file in files]
     oods = [
         report.read_measures(file, list(predictions.measures), bool(predictions.labels)) if file else None

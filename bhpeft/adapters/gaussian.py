@@ -7,7 +7,7 @@ A Gaussian matrix W ~ N(mu, sigma^2), independent entries, is trained by its mea
     KL       sum over entries of  log(s_p / s) + (s^2 + (m - m_p)^2) / (2 s_p^2) - 1/2,   s = sigma, m = mu, p = prior
     noise    y_i = x_i mu^T + ((x_i * s_i) (sigma * eps)^T) * r_i,   eps ~ N(0, 1) once a batch,
              s_i, r_i in {-1, 1} once an example (Flipout, Wen et al. 2018): each example sees a weight of its own,
-             all its tokens the same one, at the price of one more low-rank product
+             all its tokens (and choices) the same one, at the price of one more low-rank product
     mean     y = x mu^T                                                            evaluation
     draws    y_s = x_s (mu + sigma * eps_s)^T, s = 1 .. S                          posterior samples, in one product
 """
@@ -143,6 +143,8 @@ class GaussianLinear(nn.Module):
         nll_gradient_square: |d L / d (mu, g)|^2 of the last backward pass, L all of the loss but the KL, as scaled
             as the loss was.
         eps: (S, out, in) standard normal noise of S posterior samples, or None; see `posterior.py`.
+        rows_an_example: how many rows of a training batch, one behind the other, are of one example and see one weight:
+            the choices of a question, whose scores are compared with each other. Else 1.
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class GaussianLinear(nn.Module):
         self.nll_gradient_square: torch.Tensor | None = None
         self.mean_sigma: torch.Tensor | None = None
         self.eps: torch.Tensor | None = None
+        self.rows_an_example = 1
 
     def forward(self, x: torch.Tensor, batch: int | None = None) -> torch.Tensor:
         """Apply the matrix.
@@ -186,7 +189,7 @@ class GaussianLinear(nn.Module):
             if batch is not None:
                 x = x.expand(batch, *x.shape)
             mu, g = self.mu, self.g
-            noise = small.random_numbers(x.shape[0] * sum(mu.shape), torch.int8, x.device), torch.randn_like(mu)
+            noise = self._signs(x), torch.randn_like(mu)
             in_c = small.takes(x.numel(), x, mu, g, self.prior_mu, self.prior_sigma)
             run = small.flipout if in_c else _Flipout.apply
             y, self.kl = run(x, mu, g, self, product_dtype(mu), *noise)
@@ -195,6 +198,14 @@ class GaussianLinear(nn.Module):
             mu, x = self.mu.clone(), x.to(self.mu.dtype)
             y = nn.functional.linear(x, mu) if self.eps is None else self._draws(x, mu, self.g.clone().square(), batch)
         return y if self.bias is None else y + self.bias
+
+    def _signs(self, x: torch.Tensor) -> torch.Tensor:
+        """s and r of each row, below 0 or not, row by row: at least B * (in + out) numbers."""
+        width, together = self.in_features + self.out_features, self.rows_an_example
+        signs = small.random_numbers(len(x) // together * width, torch.int8, x.device)
+        if together > 1:
+            signs = signs[: len(x) // together * width].view(-1, 1, width).expand(-1, together, -1).flatten()
+        return signs
 
     def _draws(self, x: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, batch: int | None) -> torch.Tensor:
         weights = mu + sigma * self.eps.to(mu)  # (S, out, in)
