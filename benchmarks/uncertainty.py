@@ -250,7 +250,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base_model", required=True, help="encoder, e.g. the folder of all-MiniLM-L6-v2")
     parser.add_argument("--data_path", type=Path, required=True, help="folder with SST-2's train.tsv and dev.tsv")
     parser.add_argument("--ood_data_path", type=Path, help="folder of the generics (default: no other domain)")
-    parser.add_argument("--train_rows", default="1000", help="rows to train on, or all (default: 1000)")
+    parser.add_argument(
+        "--train_rows",
+        default="1000",
+        help="rows to train on, or all that share no phrase with those of validation (default: 1000)",
+    )
     parser.add_argument("--validation_rows", type=int, default=2000, help="rows held out of train (default: 2000)")
     parser.add_argument("--validation", choices=["sentences", "phrases"], default="sentences",
                         help="whole sentences, as dev's rows are, or any rows (default: sentences)")  # fmt: skip

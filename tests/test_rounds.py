@@ -355,10 +355,10 @@ def test_no_test_row_is_trained_on_and_small_rounds_get_more_epochs(learn, start
 def done_of(*values, metric="accuracy", rows=(2, 6, 4)):
     test = {"evaluated_on": "test", "rows": 9, "metric": metric, "value": 0.5}
     return [
-        {"total_rows": 3, "carry": "weights", "replay": "none", "evaluations": [test] + [
-            {"evaluated_on": name_of(s), "rows": rows[s - 1], "metric": metric, "value": value}
+        {"new_rows": rows[t], "total_rows": 3, "carry": "weights", "replay": "none", "evaluations": [test] + [
+            {"evaluated_on": name_of(s), "rows": min(rows[s - 1], 4), "metric": metric, "value": value}
             for s, value in enumerate(line, 1)
-        ]} for line in values
+        ]} for t, line in enumerate(values)
     ]  # fmt: skip
 
 
@@ -540,8 +540,8 @@ def test_a_part_without_rows_is_left_out_of_what_is_still_known():
     def asked(name, value, rows=4):
         return {"evaluated_on": name, "metric": "accuracy", "value": value, "rows": rows}
 
-    first = {"evaluations": [asked("test", 0.5), asked("round-01", 1.0)]}
-    second = {"evaluations": [asked("test", 0.5), asked("round-01", 0.5)]}  # none of round 2's rows fits
-    third = {"evaluations": [asked("test", 0.5), asked("round-01", 0.25), asked("round-03", 1.0)]}
-    known = still_known([first, second, third])
+    first = [asked("test", 0.5), asked("round-01", 1.0)]
+    second = [asked("test", 0.5), asked("round-01", 0.5)]  # none of round 2's rows fits
+    third = [asked("test", 0.5), asked("round-01", 0.25), asked("round-03", 1.0)]
+    known = still_known([{"new_rows": 4, "evaluations": asked} for asked in (first, second, third)])
     assert (known["then"], known["now"]) == (1.0, 0.25)

@@ -127,17 +127,21 @@ def matrix(rounds: Sequence[dict], what: str = "round", columns: int | None = No
 
 
 def still_known(rounds: Sequence[dict], what: str = "round") -> dict[str, float] | None:
-    """`then` (R[s, s]), `now` (R[T, s]) and `backward_transfer`, now - then, of all rounds before the last, by rows.
+    """`then` (R[s, s]), `now` (R[T, s]) and `backward_transfer`, now - then, of all rounds before the last.
 
+    A round counts by its new rows, however many of them are asked (`--max_known_samples`); a test ("test") by its own.
     None where there is no round before. Means of squares for RMSE, of logarithms for perplexity.
     """
     values = matrix(rounds, what)[:, :-1]
     if values.shape[1] == 0 or np.isnan(values).all():
         return None
     metric = rounds[-1]["evaluations"][0]["metric"]
-    rows = {asked["evaluated_on"]: asked["rows"] for asked in rounds[-1]["evaluations"]}
-    weights = np.array([rows.get(name_of(number, what), 0) for number in range(1, len(rounds))], dtype=float)
-    asked = ~np.isnan(np.diag(values)) & ~np.isnan(values[-1]) & (weights > 0)  # a part may have no row that fits
+    if what == "round":
+        weights = np.array([done["new_rows"] for done in rounds[:-1]], dtype=float)
+    else:
+        rows = {asked["evaluated_on"]: asked["rows"] for asked in rounds[-1]["evaluations"]}
+        weights = np.array([rows.get(name_of(number, what), 0) for number in range(1, len(rounds))], dtype=float)
+    asked = ~np.isnan(np.diag(values)) & ~np.isnan(values[-1])  # a part may have no row that fits
     if not asked.any():
         return None
     inside, outside = {"rmse": (np.square, np.sqrt), "perplexity": (np.log, np.exp)}.get(metric, (np.array, float))
