@@ -31,8 +31,10 @@ def annotate(session: Session, read_key: Callable[[], str] | None = None) -> Non
 
 
 def _ask(session: Session, read_key: Callable[[], str]) -> None:
+    on_screen = None  # the item whose texts were printed last
     while session.place is not None:
-        _show(session)
+        _show(session, texts=session.place.item != on_screen)
+        on_screen = session.place.item
         key = read_key().lower()
         while key not in QUIT and not session.act(key):
             print(f"\n  nothing before this one; {MENU} " if key == "b" else f"\n  {MENU} ", end="", flush=True)
@@ -47,10 +49,10 @@ def _ask(session: Session, read_key: Callable[[], str]) -> None:
         print(f"written: {file}")
 
 
-def _show(session: Session) -> None:
+def _show(session: Session, texts: bool) -> None:
     shown = session.shown()
     width = max(40, min(100, shutil.get_terminal_size().columns)) - 2
-    if session.place.question == 0 or shown["answered"] is not None:
+    if texts:
         print(f"\n--- {session.judged} of {session.total} judged ---")
         for name in ("query", "output", "expected"):
             lines = printable(str(shown[name])).splitlines() or ["(nothing)"]

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -305,6 +306,13 @@ def _load(
     finally:
         transformers_logging.set_verbosity(said)
     model.requires_grad_(False)
+    if getattr(model, "generation_config", None) is not None:
+        # `generate` fills what a configuration leaves open from the model's own: a penalty on repetition, beams and
+        # suppressed tokens of the base would decide what is called greedy. Its ends stay known, for chats.
+        own = model.generation_config
+        model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+        )
     if in_4bit:
         layers = _layers_4bit(model)
         if not layers:

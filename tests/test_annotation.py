@@ -95,6 +95,24 @@ def test_back_goes_over_earlier_sessions_too_and_replaces_what_was_said(outputs,
     assert session.place == skipped  # who has gone back over it is asked it again
 
 
+def test_what_is_judged_is_what_was_printed_last(outputs, capsys):
+    """Going back over rows, and going on where only the second question is open."""
+    opened = []  # questions that sessions began with
+    for pressed in ("ybnsyybbbnq", "yq", "nbyq"):
+        session, left, seen = Session([outputs[0]], "anna"), iter(pressed), []
+        opened.append(session.place.question)
+
+        def key(session=session, left=left, seen=seen):
+            seen.append(capsys.readouterr().out)
+            printed = "".join(seen).rpartition("  query     ")[2].splitlines()
+            assert printed and printed[0] == session.shown()["query"]
+            assert printed[1].split(maxsplit=1)[1] == session.shown()["output"]
+            return next(left)
+
+        annotate(session, key)
+    assert 1 in opened
+
+
 def test_several_runs_are_mixed_and_not_named(outputs, capsys):
     keys(Session(outputs[::-1], "anna"), "yn" * 6)
     shown = capsys.readouterr().out

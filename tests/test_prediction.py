@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bhpeft.adapters import attach_adapter
 from bhpeft.arguments import AdapterArguments
@@ -75,6 +76,30 @@ def test_greedy_generation_is_the_argmax_of_plain_forward_passes(model, batch_of
         if token == tokenizer.eos_token_id:
             break
         ids = torch.cat([ids, torch.tensor([[token]])], 1)
+
+
+OWN = (
+    {"repetition_penalty": 1.8},
+    {"no_repeat_ngram_size": 1},
+    {"num_beams": 4},
+    {"suppress_tokens": [*range(3, 300)]},
+)
+
+
+@pytest.mark.parametrize("own", OWN, ids=[next(iter(own)) for own in OWN])
+def test_greedy_is_greedy_whatever_the_base_says_of_generation(own, tiny_model, batch_of, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    GenerationConfig(**own, eos_token_id=[1, 7], bos_token_id=0, pad_token_id=2).save_pretrained(folder)
+    tokenizer, _, batch = batch_of(*QUERIES)
+    config = greedy_config(tokenizer, 10)
+    config.min_new_tokens = 10
+    prompts = batch["input_ids"], batch["attention_mask"]
+    base = load_base_model(str(folder)).eval()
+    plain = generate(load_base_model(str(tiny_model)).eval(), *prompts, config)
+    assert generate(base, *prompts, config).tolist() == plain.tolist()
+    assert base.generation_config.eos_token_id == [1, 7]  # where a chat's turn may end
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert generate(stock, *prompts, config).tolist() != plain.tolist()  # so it would have mattered
 
 
 def test_label_scores_follow_the_chain_rule(model, batch_of):
