@@ -92,8 +92,9 @@ def carry_out(job: Job, started: float) -> dict | None:
     calibrate(run, job.task, answered, trainer.card)
     timings = {"load": trained - started - learned.seconds, "train": learned.seconds}
     timings["predict"] = time.perf_counter() - trained
+    trained_rows = len(job.task.train if job.plan else trainer.train_dataset or ())  # those that fit --max_length
     return write_run(run, job.files, job.task, answered, learned.parameters, timings, validation, learned.history,
-                     learned.rounds)  # fmt: skip
+                     trained_rows, learned.rounds)  # fmt: skip
 
 
 def prepare(run: Run) -> Job:

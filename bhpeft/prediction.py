@@ -249,7 +249,7 @@ def read_answers(
     ids = [example.id for example in examples]
     drawn = None if answers.drawn is None else decode_answers(encoder.tokenizer, answers.drawn, encoder.end_id)
     generated = answers.tokens is not None
-    known = {"drawn": drawn, "distances": answers.distances}
+    known = {"drawn": drawn, "distances": answers.distances, "groups": [example.group for example in examples]}
     answered = Answered(ids, [], scores, generated, tokens, mean, deviation, samples, **known)
     if generated:
         texts = decode_answers(encoder.tokenizer, answers.tokens, encoder.end_id)

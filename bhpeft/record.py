@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -34,7 +35,11 @@ def say(*lines: str) -> None:
     """Print lines, from the main process alone."""
     if environment.is_main_process():
         for line in lines:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except UnicodeEncodeError:  # a terminal that has not all letters ends no run
+                code = sys.stdout.encoding
+                print(line.encode(code, "backslashreplace").decode(code), flush=True)
 
 
 def parameters_line(parameters: dict) -> str:
@@ -51,6 +56,7 @@ def write_run(
     timings: dict[str, float],
     validation: dict[str, float],
     history: list[dict],
+    trained_rows: int,
     rounds: list[dict] | None = None,
 ) -> dict | None:
     """Write all files of a run and print its figures. Every rank must call it; rank 0 writes.
@@ -60,6 +66,7 @@ def write_run(
             domain ("ood"), as far as they were asked; the adapter's are written.
         validation: losses on validation rows.
         history: logged losses and learning rates, as of `TrainerState.log_history`.
+        trained_rows: how many rows it trained on.
         rounds: what each round did, where the run learned in rounds.
 
     Returns:
@@ -94,7 +101,11 @@ def write_run(
         "hardware": {**environment.hardware(), "peak_memory_mib": memory},
         "timings": timings,
         "parameters": parameters,
-        "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
+        "rows": {
+            "train": trained_rows,
+            "validation": len(answered["validation"].ids if "validation" in answered else task.validation),
+            "test": len(answered["adapter"].ids if "adapter" in answered else task.test),
+        },
         "history": history,
     }
     if rounds is not None:
@@ -106,25 +117,26 @@ def write_run(
         "adapter": run.adapter.adapter_name,
     }
     columns = {headings[name]: figures[name] for name in headings if name in figures}
-    # What an earlier run of this name left and this one does not write would be taken for its own.
-    stale = [] if "ood" in answered else [files.ood_predictions]
-    stale += [files.rounds, files.plots / "rounds.png"] if rounds is None else []
-    for file in stale:
-        file.unlink(missing_ok=True)
+    files.metrics.unlink(missing_ok=True)  # of an earlier run of this name, which is none any more
+    rounds_files = [] if rounds is None else [files.rounds, files.plots / "rounds.png"]  # written round by round
+    written = {files.metrics, *rounds_files}
     if "adapter" in answered:
         outputs = answered["adapter"].outputs
         write_model_outputs(files.model_outputs, outputs)
         write_predictions(files.predictions, tables["adapter"])
+        written |= {files.model_outputs, files.predictions}
         before = answered["base"].outputs if "base" in answered else None
         say("", "Held-out rows, some of them:", samples_table(outputs, before))
         say("", figures_table(columns, report.ROWS), "", report.sentence(figures["adapter"]))
         if "ood" in answered:
             say("", ood_sentence(figures["ood"]))
             write_predictions(files.ood_predictions, tables["ood"])
+            written.add(files.ood_predictions)
         say("", f"answers         {files.model_outputs}", f"predictions     {files.predictions}")
         if task.task_type == "generation" and answered["adapter"].generated:  # only a person can judge it
             unjudged = [HumanScore(i, row.query, row.output, None, None) for i, row in enumerate(outputs)]
             write_human_evaluation(files.human_evaluation, unjudged)
+            written.add(files.human_evaluation)
             say(f"to be judged    {files.human_evaluation}")
     elif columns:
         say("", figures_table(columns, report.ROWS))
@@ -135,12 +147,16 @@ def write_run(
         plot = report.draw(shown, tables["adapter"], task)
         if plot is not None:
             write_atomic(files.plots / "answers.png", plot)
+            written.add(files.plots / "answers.png")
             say(f"plot            {files.plots / 'answers.png'}")
     if run.training.do_train:
         write_model_card(run.training.output_dir, record, files.predictions if "adapter" in answered else None)
         say(f"adapter         {Path(run.training.output_dir)}")
     if rounds is not None:
-        say(f"rounds          {files.rounds}, {files.plots / 'rounds.png'}")
+        say("rounds          " + ", ".join(map(str, rounds_files)))
+    for file in files.own():  # what that run left and this one does not write would be taken for this one's
+        if file not in written and file.is_file():
+            file.unlink()
     write_metrics(files.metrics, record)  # last of all: a run that has it is finished
     say(f"figures         {files.metrics}")
     where = "" if files.results_dir.resolve() == RESULTS else f" --results_dir {files.results_dir}"

@@ -160,6 +160,7 @@ def _rounds(path: Path) -> Rounds:
 
 
 def _has_uncertainty(rows: list[Row] | None) -> bool:
+    rows = [row for row in rows or [] if row["label"].strip()]
     if not rows or "reference_nll" in rows[0]:  # texts, which may look like numbers
         return False
     if any(name.startswith("prob_") for name in rows[0]):
@@ -194,13 +195,15 @@ class Answers:
 
 
 def answers_of(run: RunFacts) -> Answers | None:
-    """A run's rows sorted by id, so that two runs over the same rows have them in one order; None where ids repeat."""
-    if not run.rows or len({row["id"] for row in run.rows}) < len(run.rows):
+    """A run's rows that have a label, sorted by id, so that two runs over the same rows have them in one order; None
+    where there are none, or ids repeat."""
+    places = [i for i, row in enumerate(run.rows or []) if row["label"].strip()]
+    if not places or len({run.rows[i]["id"] for i in places}) < len(places):
         return None
-    order = sorted(range(len(run.rows)), key=lambda i: run.rows[i]["id"])
+    order = sorted(places, key=lambda i: run.rows[i]["id"])
     rows = [run.rows[i] for i in order]
     queries = [""] * len(rows)
-    if run.outputs and len(run.outputs) == len(rows):
+    if run.outputs and len(run.outputs) == len(run.rows):
         queries = [run.outputs[i].query for i in order]
     keys = [(row["id"], row["label"], query) for row, query in zip(rows, queries, strict=True)]
     if "reference_nll" in rows[0]:
@@ -260,7 +263,7 @@ def _judged(row: Row, output: ModelOutput) -> str:
         if expected == "tie":
             return ""
         return "irregular" if truth == "tie" else "right" if truth == expected else "wrong"
-    if "reference_nll" in row or not any(name.startswith("prob_") for name in row):
+    if "reference_nll" in row or not row["label"].strip() or not any(name.startswith("prob_") for name in row):
         return ""
     if row["prediction"] in (IRREGULAR, "tie"):
         return "irregular"

@@ -58,6 +58,7 @@ OF_TRAINING = (
     "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "kl_weight", "max_train_samples", "warmup_steps", "train_sampling_strategy",
 )  # fmt: skip
+NONE = {"max_steps": -1, "posterior_samples": 0}  # what says that there is no such setting
 _ALL_OWN = {*BH_PEFT_OWN, *(name for names in ADAPTER_OWN.values() for name in names)}
 # Settings in which runs differ without differing in what they do.
 INCIDENTAL = re.compile(
@@ -172,7 +173,8 @@ def settings_of(record: dict[str, Any]) -> list[tuple[str, str]]:
     """The settings that decide what a run does, as far as they are set and its adapter has them."""
     config = flat_config(record)
     names = [name for name in SETTINGS if _concerns(config, name)]
-    found = [(name, text_of(config[name])) for name in names if config.get(name) not in (None, "", "None", [], 0, -1)]
+    known = [name for name in names if config.get(name) not in (None, "", "None", []) and config[name] is not False]
+    found = [(name, text_of(config[name])) for name in known if config[name] != NONE.get(name)]
     return [(name, Path(text).name if text.startswith("/") else text) for name, text in found]
 
 

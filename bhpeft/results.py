@@ -374,9 +374,11 @@ def _now() -> str:
 
 
 def check_run_name(name: str) -> str:
-    """Return the run name; `InputError` unless it is 1 to 100 letters, digits, '.', '_' or '-'."""
+    """Return the run name; `InputError` unless it is 1 to 100 letters, digits, '.', '_' or '-', not ending in .ood."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name) or name in (".", ".."):
         raise InputError(f"--run_name {name!r} is no file name; use 1 to 100 letters, digits, '.', '_', '-'.")
+    if (end := OOD_SUFFIX.removesuffix(".csv")) and name.endswith(end):
+        raise InputError(f"--run_name {name!r}: '{end}' at its end marks another run's rows of another domain.")
     return name
 
 
@@ -405,14 +407,18 @@ class RunFiles:
         for part in (self.results_dir, *self.results_dir.parents):
             if part.exists() and not part.is_dir():
                 raise InputError(f"--results_dir {self.results_dir}: {part} is a file; choose another --results_dir.")
-        files = [self.model_outputs, self.human_evaluation, self.predictions, self.ood_predictions, self.metrics]
-        files += [self.rounds, *sorted(self.plots.glob("*"))]
-        for path in files:
+        for path in self.own():
             if path.exists() and not overwrite:
                 raise InputError(f"{path} exists; choose another --run_name or pass --overwrite.")
         for path in self.judgements():
             if any(row.factual is not None or row.justifies is not None for row in read_human_evaluation(path)):
                 raise InputError(f"{path} holds scores a person gave; move it away, or choose another --run_name.")
+
+    def own(self) -> list[Path]:
+        """All files that are this run's alone, whether they are there or not, and whatever lies in its folder of plots;
+        but for what annotators judged."""
+        files = [self.model_outputs, self.human_evaluation, self.predictions, self.ood_predictions, self.metrics]
+        return [*files, self.rounds, *sorted(self.plots.glob("*"))]
 
     def judgements(self) -> list[Path]:
         """The files of human evaluation of this run: RUN.csv, and RUN.ANNOTATOR.csv of each annotator."""

@@ -19,12 +19,13 @@ from bhpeft.base_model import load_base_model
 from bhpeft.errors import InputError
 from bhpeft.prediction import check_do_sample, label_log_likelihoods
 from bhpeft.results import read_metrics, read_predictions
-from bhpeft.tasks import Example, Task
+from bhpeft.tasks import Example, Task, load_task
 from bhpeft.tasks.card import TaskCard
 from bhpeft.tasks.conversation import DialogueEncoder, later_template
 from bhpeft.tasks.dialogue import Reply, exchanges
 from bhpeft.tasks.encoding import IGNORED, Collator, Encoder
 from bhpeft.tasks.packing import MODEL_TYPES, PackingCollator, check_packing
+from bhpeft.tasks.question import make_encoder
 from bhpeft.text_scores import distinct, text_figures
 
 TEMPLATE = "User: {text_input}\nAssistant:"
@@ -238,6 +239,25 @@ def run(tmp_path, tiny_model, name, *flags):
     return read_metrics(tmp_path / f"results/metrics/{name}.json"), read_predictions(
         tmp_path / f"results/predictions/{name}.csv"
     )
+
+
+def test_a_file_to_test_on_takes_no_conversation_from_training_and_leaves_no_message_in_it(tokenizer, tmp_path):
+    conversations(tmp_path / "talk.jsonl")
+    known = load_task(DataArguments(dataset_name="oasst1", data_path=str(tmp_path / "talk.jsonl")), 0)
+    later = next(example for example in known.train if example.history)
+    (tmp_path / "asked.csv").write_text(f'text_input,text_label\n{later.query},"Well: yes"\n')
+    data = DataArguments(
+        dataset_name="oasst1", data_path=str(tmp_path / "talk.jsonl"), test_file=str(tmp_path / "asked.csv"),
+        prompt_template="{text_input}\n",
+    )  # fmt: skip
+    task = load_task(data, 0)
+    queries = {example.query for example in task.train} | {q for e in task.train for q, _ in e.history}
+    assert task.train and later.query not in queries and later.group not in {example.group for example in task.train}
+    encoder = make_encoder(tokenizer, data, task, with_head=False)
+    follows = next(example for example in task.train if example.history)
+    [row] = encoder.train_rows([follows], [])
+    assert follows.history[-1][1] in tokenizer.decode(row["input_ids"])  # what was said before is still its context
+    assert len(encoder.test_rows(task.test, [])) == 1
 
 
 def test_a_run_tells_base_and_adapter_greedy_and_sampled(tiny_model, tmp_path, capsys):

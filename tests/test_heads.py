@@ -214,6 +214,16 @@ def test_long_texts_stop_the_run_or_are_cut_or_dropped(tokenizer):
         make("drop").train_rows(rows[1:], [])
 
 
+def test_a_choice_that_leaves_no_room_for_its_question_is_told_in_a_line(tokenizer):
+    rows = [*examples("A", choices=("one", "two")), *examples("A", choices=("cats " * 20, "two"))]
+    make = lambda mode: HeadEncoder(tokenizer, "multiple_choice", ("A", "B"), 16, mode)  # noqa: E731
+    with pytest.raises(InputError, match="1 of 2 test texts are longer"):
+        make("error").test_rows(rows, [])
+    assert len(make("drop").test_rows(rows, [])) == 1
+    with pytest.raises(InputError, match="leaves no room for its question beside a choice of"):
+        make("truncate").test_rows(rows, [])
+
+
 def test_equal_numbers_are_nothing_to_learn():
     with pytest.raises(InputError, match="nothing to learn"):
         Standardiser.of(examples("2", "2.0"))

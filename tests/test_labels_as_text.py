@@ -150,6 +150,16 @@ def test_a_long_input_is_cut_within_its_template(tiny_model):
         Encoder(tokenizer, "word " * 40 + "{text_input}", 32, "truncate").train_rows([example], [])
 
 
+def test_of_a_long_question_the_question_is_cut_and_no_choice(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    choices = ("cats", "dogs", "eels")
+    encoder = Encoder(tokenizer, "Q: {text_input} A:", 48, "truncate", ("A", "B", "C"), True)
+    [row] = encoder.train_rows([Example("0", "Do cats sleep? " * 30, "C", "x", choices)], [])
+    text = tokenizer.decode(row["input_ids"])
+    assert len(row["input_ids"]) <= 48 and text.startswith("<s>Q: Do cats sleep?")
+    assert text.endswith("\nA. cats\nB. dogs\nC. eels A: C</s>")
+
+
 def test_another_token_may_end_an_answer(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     encoder = Encoder(tokenizer, "{text_input}", 32, "error", ("yes", "no"), True, answer_end="!")

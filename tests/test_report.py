@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bhpeft.metrics import first_word_baseline
+from bhpeft.record import say
 from bhpeft.report import labels, numbers, report_for, texts, true_false
 from bhpeft.report.answered import Answered
 from bhpeft.report.tables import figures_table, samples_table
 from bhpeft.results import ModelOutput
 from bhpeft.scores import probabilities
 from bhpeft.tasks import Example, Task
+from bhpeft.text_scores import text_figures
 
 LABELS = ("True", "False")
 OUTPUTS = [
@@ -143,3 +147,34 @@ def test_texts_are_judged_by_perplexity_and_bleu():
     assert found["perplexity"] == pytest.approx(math.exp(10 / 5)) and found["exact_match"] == 0.5
     assert found["mean_words"] == 3.5 and 0 < found["bleu"] < 100 and "7.39" in texts.sentence(found)
     assert table["reference_tokens"].tolist() == [3, 2] and texts.draw({}, table, task) is None
+
+
+def test_answers_to_one_input_are_drawn_together_whatever_rows_of_other_files_are_called():
+    """Rows of a file are called 0, 1, ...: those of the validation file too."""
+    rng = np.random.default_rng(0)
+    log_p, tokens = -np.repeat(rng.uniform(1, 9, 4), 10)[:, None], np.full(40, 3)
+    rows = outputs(["a"] * 40, ["b"] * 40)
+    task = task_of("generation")
+    task = replace(task, validation=[Example(str(i), f"v{i}", "b", f"v{i}") for i in range(40)])
+    groups = [f"q{i // 10}" for i in range(40)]
+    answered = Answered([str(i) for i in range(40)], rows, log_p, False, tokens, groups=groups)
+    found = texts.figures(answered, texts.predictions(answered, task), task)
+    expected = text_figures(["a"] * 40, ["b"] * 40, log_p[:, 0], tokens, groups, generated=False)
+    assert found["perplexity_interval_95"] == expected["perplexity_interval_95"]
+    alone = text_figures(["a"] * 40, ["b"] * 40, log_p[:, 0], tokens, None, generated=False)
+    widths = [np.ptp(figures["perplexity_interval_95"]) for figures in (found, alone)]
+    assert widths[0] > 1.5 * widths[1]
+
+
+def test_labels_with_dollars_are_no_formulas():
+    task = task_of("classification", ("$", "$$", "$10_$20", "US$ 1%"))
+    answered = Answered(["0", "1"], outputs(["$", "$$"], ["$", "US$ 1%"]), np.eye(4)[:2], generated=False)
+    table = labels.predictions(answered, task)
+    assert labels.draw({"x": labels.figures(answered, table, task)}, table, task).startswith(b"\x89PNG")
+
+
+def test_a_terminal_without_a_letter_ends_no_run(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    say("日本 is", "Japan")
+    assert raw.getvalue().decode("latin-1").split("\n")[:2] == ["\\u65e5\\u672c is", "Japan"]

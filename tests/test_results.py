@@ -303,7 +303,7 @@ def test_descriptions_with_a_lost_end_are_left_alone(tmp_path):
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "../x", "a b", "é", "x" * 101, "run\n", "a:b"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "../x", "a b", "é", "x" * 101, "run\n", "a:b", "a.ood"])
 def test_run_names_that_are_no_file_names(tmp_path, name):
     with pytest.raises(InputError, match="--run_name"):
         RunFiles(tmp_path, name)

@@ -81,6 +81,28 @@ def test_rows_of_the_test_file_are_not_trained_on(tmp_path):
     assert any("1 training rows also stand in the test rows" in note for note in task.notes)
 
 
+@pytest.mark.parametrize("file", ["test_file", "validation_file"])
+def test_a_file_keeps_whole_generics_from_training(file, generics, tmp_path):
+    """Whose groups are of several questions, while a file's rows know nothing of groups."""
+    asked = ["ALL  kind1s fly.", "Some kind3s fly.", "Do pigs fly?"]
+    (tmp_path / "asked.csv").write_text("text_input,text_label\n" + "".join(f'{q},"True, so"\n' for q in asked))
+    arguments = DataArguments(
+        dataset_name="generics", data_path=str(generics), test_fraction=0.1, **{file: str(tmp_path / "asked.csv")}
+    )
+    task = load_task(arguments, seed=3, with_validation=file == "validation_file")
+    trained = {e.group for e in task.train}
+    assert len(trained) >= 33 and not trained & {"kind1s fly.", "kind3s fly."}
+    assert {e.query for e in (task.test if file == "test_file" else task.validation)} <= set(asked)
+    assert any("not trained on" in note for note in task.notes)
+
+
+def test_questions_of_a_generic_are_one_group_however_it_is_spaced(tmp_path):
+    (tmp_path / "negative.csv").write_text("generic,exemplar\nBirds fly.,Penguins do not.\nbirds  fly.,Kiwis do not.\n")
+    (tmp_path / "positive.csv").write_text("generic,exemplar\nBirds  fly.,Robins fly.\n")
+    examples = read_generics(tmp_path)
+    assert len(examples) == 6 and {e.group for e in examples} == {"birds fly."}
+
+
 def test_duplicate_inputs_stay_on_one_side(tmp_path):
     rows = "".join(f"q{i % 10},True x{i}\n" for i in range(30))
     (tmp_path / "rows.csv").write_text("text_input,text_label\n" + rows)

@@ -70,6 +70,15 @@ def test_an_existing_run_is_refused_and_stays_whole(train, tmp_path, tiny_model,
     assert listing(tmp_path) == before
     train(*quick, "--overwrite")
 
+    def mine():
+        return {p.name for p in (tmp_path / "results").rglob("*") if p.name.startswith("r.") or p.parent.name == "r"}
+
+    assert len(mine()) >= 4  # answers, predictions, figures, a plot
+    (tmp_path / "results/plots/r/reliability.png").write_text("drawn by a script of what the run before said")
+    train(*quick, "--overwrite", "--do_predict", "false", "--do_eval")  # it writes less, and nothing of before stays
+    assert mine() == {"r.json"}
+    train(*quick, "--overwrite")
+
     human = tmp_path / "results/human_evaluation/r.csv"
     rows = list(csv.reader(human.open(newline="")))
     rows[1][3:] = ["1", "0"]

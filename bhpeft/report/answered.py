@@ -18,6 +18,7 @@ class Answered:
 
     Attributes:
         ids: of the examples.
+        groups: theirs, what must not stand on both sides of a split: a conversation, say.
         outputs: queries, answers as text, and expected answers.
         scores: (N, C) log-likelihoods of the labels or logits of the head; (N, 1) of the expected answer where there
             are no labels; (N, 1) numbers in the labels' own units for regression.
@@ -45,6 +46,7 @@ class Answered:
     noise_samples: int | None = None
     drawn: Sequence[str] | None = None
     distances: np.ndarray | None = None
+    groups: Sequence[str] | None = None
 
     def probabilities(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(N, C) probabilities of the labels, and name -> (N,) `max_prob`, `entropy` (nats) and, where there are

@@ -92,8 +92,8 @@ def draw(columns: dict[str, dict], table: pd.DataFrame, task) -> bytes:
             dark = count > 0.6 * counts[i].sum()
             left.text(j, i, str(count), ha="center", va="center", color="white" if dark else "black")
     names = [*task.labels, IRREGULAR][: counts.shape[1]]
-    left.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    left.set_yticks(range(len(task.labels)), task.labels)
+    left.set_xticks(range(len(names)), names, rotation=30, ha="right", parse_math=False)  # "$10" is no formula
+    left.set_yticks(range(len(task.labels)), task.labels, parse_math=False)
     left.set(xlabel="predicted", ylabel="label", title=f"accuracy {last['accuracy']:.3f}")
 
     draw_sureness(right, table, [f"prob_{label}" for label in task.labels], list(task.labels))

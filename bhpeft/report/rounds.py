@@ -43,7 +43,7 @@ def some_of(answered: Answered, places: Sequence[int]) -> Answered:
     """The answers at some places alone."""
     places = list(places)
     rows: dict[str, Any] = {}
-    for name in ("ids", "outputs", "drawn", "scores", "tokens", "samples", "distances"):
+    for name in ("ids", "groups", "outputs", "drawn", "scores", "tokens", "samples", "distances"):
         value = getattr(answered, name)
         cut = value[places] if isinstance(value, np.ndarray) else value and [value[place] for place in places]
         rows[name] = cut
@@ -205,7 +205,7 @@ def draw(rounds: Sequence[dict], files: Sequence[str] = ()) -> bytes:
                 color = "white" if (share > 0.6 if metric == "accuracy" else share < 0.4) else "black"
                 right.text(s, t, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     numbers = list(range(1, len(rounds) + 1))
-    slanted = {"rotation": 30, "ha": "right"} if files else {}
+    slanted = {"rotation": 30, "ha": "right", "parse_math": False} if files else {}
     right.set_xticks(range(found.shape[1]), files or numbers, **slanted)
     right.set_yticks(range(len(rounds)), numbers)
     asked = "test of" if files else "rows of round"

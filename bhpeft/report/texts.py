@@ -44,8 +44,7 @@ def predictions(answered: Answered, task) -> pd.DataFrame:
 def figures(answered: Answered, table: pd.DataFrame, task) -> dict:
     """`rows` and `text_figures`, of sampled texts as `sampled_NAME`; a conversation is drawn with all its replies."""
     texts, references = table["prediction"].tolist(), table["label"].tolist()
-    known = {example.id: example.group for example in (*task.test, *task.validation)}
-    groups = [known.get(name, name) for name in answered.ids]
+    groups = answered.ids if answered.groups is None else answered.groups
     scores = answered.scores[:, 0], answered.tokens
     found = {"rows": len(table), **text_figures(texts, references, *scores, groups, answered.generated)}
     if answered.drawn is not None:

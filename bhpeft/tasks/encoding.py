@@ -202,7 +202,7 @@ class Encoder:
         """
         labelled = self.whole_labels and self.labels
         room = self._room(prompt_ids, example) if labelled else self.max_length - self.max_length // 2
-        text = with_choices(example)
+        text = example.query  # the choices stay whole
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         surplus = len(prompt_ids) - room
         while surplus > 0:
@@ -212,7 +212,7 @@ class Encoder:
                     "template; raise --max_length"
                 )
             offsets = offsets[: len(offsets) - surplus]
-            shorter = replace(example, query=text[: offsets[-1][1]], choices=())
+            shorter = replace(example, query=text[: offsets[-1][1]])
             prompt_ids, answer_ids = self.encode(shorter)
             surplus = len(prompt_ids) - room
         return prompt_ids, answer_ids, example

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from bhpeft.errors import InputError
-from bhpeft.tasks.example import Example
+from bhpeft.tasks.example import Example, same_input
 from bhpeft.tasks.table import read_columns
 
 LABELS = ("True", "False")
@@ -59,12 +59,12 @@ def read_generics(folder: str | Path, exemplars_per_generic: int = 1) -> list[Ex
         taken: Counter[str] = Counter()
         for i, (generic, exemplar) in enumerate(zip(table["generic"], table["exemplar"], strict=True)):
             generic, exemplar = lower_first(generic.strip()), lower_first(exemplar.strip())
-            group = generic.casefold()
-            if exemplars_per_generic and taken[group] >= exemplars_per_generic:
+            name_of_it = generic.casefold()
+            if exemplars_per_generic and taken[name_of_it] >= exemplars_per_generic:
                 continue
-            taken[group] += 1
+            taken[name_of_it] += 1
             for quantifier, opening in questions:
                 name = f"{kind}-{i}-{quantifier.lower().replace(' ', '-')}"
                 answer = opening + exemplar.removeprefix("some " if opening.endswith("some ") else "")
-                examples.append(Example(name, f"{quantifier} {generic}", answer, group))
+                examples.append(Example(name, f"{quantifier} {generic}", answer, same_input(generic)))
     return examples

@@ -102,6 +102,17 @@ class HeadEncoder:
                     yield row, example
         found.tell(notes)
 
+    def _check_choices(self, examples: Sequence[Example]) -> None:
+        """Raise `InputError` where a choice leaves no token for its question, of which alone something may be cut."""
+        for example in examples:
+            ids = self.tokenizer(list(example.choices), add_special_tokens=False)["input_ids"]
+            longest = max(map(len, ids)) + self.tokenizer.num_special_tokens_to_add(pair=True)
+            if longest >= self.max_length:
+                raise InputError(
+                    f"row {example.id}: --max_length {self.max_length} leaves no room for its question beside a choice "
+                    f"of {longest} tokens; raise --max_length"
+                )
+
     def _tokenised(self, examples: Sequence[Example]) -> Iterator[tuple[dict, int, Example]]:
         """Each example as a row, with the tokens that its longest text would have uncut."""
         choices = self.task_type == "multiple_choice"
@@ -112,7 +123,9 @@ class HeadEncoder:
             texts, seconds = [example.query for example in examples], None
         encoded = self.tokenizer(texts, seconds, return_attention_mask=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        if max(lengths) > self.max_length:
+        if max(lengths) > self.max_length and self.long_prompts == "truncate":  # else such a row does not pass
+            if choices:
+                self._check_choices(examples)
             encoded = self.tokenizer(
                 texts, seconds, truncation="only_first" if choices else True, max_length=self.max_length,
                 return_attention_mask=False,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from bhpeft.errors import InputError, nearest
-from bhpeft.tasks.example import Example, Task, at_most, hold_out, keep_fraction, where
+from bhpeft.tasks.example import Example, Task, at_most, hold_out, keep_fraction, same_input, where
 from bhpeft.tasks.generics import LABELS as TRUE_FALSE
 from bhpeft.tasks.generics import read_generics
 from bhpeft.tasks.hub import read_hub
@@ -18,6 +18,7 @@ from bhpeft.tasks.table import READERS, read_examples, stream_examples
 from bhpeft.tasks.templates import label_instruction
 
 KNOWN_DATASETS = ("generics", *KNOWN)
+GROUPED = ("generics", "oasst1")  # whose groups are of several inputs: a generic's questions, a conversation's messages
 Keep = Callable[[Iterable[Example]], Sequence[Example]]
 MOST_LABELS = 50  # inferred: more different answers than this are no set of labels
 
@@ -100,7 +101,7 @@ def load_task(
         train, test = [], source.test if source.test is not None else examples
     elif source.test is not None:
         test = source.test
-        tested = {example.group for example in test}
+        tested = _groups_that_meet(name, examples, test)
         train = where(examples, lambda example: example.group not in tested)
         if len(train) < len(examples):
             notes.append(f"{len(examples) - len(train)} training rows also stand in the test rows: not trained on")
@@ -150,17 +151,29 @@ def _held_out(
         raise InputError(f"{name}: {error}") from None
 
 
+def _groups_that_meet(name: str, examples: Iterable[Example], others: Sequence[Example]) -> set[str]:
+    """The groups of `others`, and those of `examples` that have an input of theirs.
+
+    They may be rows of a file, whose inputs are groups of their own.
+    """
+    groups = {example.group for example in others}
+    if name not in GROUPED:
+        return groups
+    inputs = {same_input(example.query) for example in others}
+    return groups | {example.group for example in examples if same_input(example.query) in inputs}
+
+
 def _read_validation(
     arguments, train: Sequence[Example], test: Sequence[Example], notes: list[str]
 ) -> tuple[Sequence[Example], list[Example]]:
     """The training rows that do not stand in `--validation_file`, and its rows that do not stand in the test."""
     file, columns = arguments.validation_file, (arguments.text_column, arguments.label_column)
     rows = read_examples(file, *columns)
-    tested = {example.group for example in test}
+    tested = _groups_that_meet(arguments.dataset_name, rows, test)
     validation = [example for example in rows if example.group not in tested]
     if len(validation) < len(rows):
         notes.append(f"{len(rows) - len(validation)} validation rows also stand in the test rows: not used")
-    validated = {example.group for example in validation}
+    validated = _groups_that_meet(arguments.dataset_name, train, validation)
     kept = where(train, lambda example: example.group not in validated)
     if len(kept) < len(train):
         notes.append(f"{len(train) - len(kept)} training rows also stand in the validation rows: not trained on")

@@ -31,7 +31,8 @@ def make_encoder(
         whole = task.task_type != "generation"
         length, long = arguments.max_length, arguments.long_prompts
         shared = (tokenizer, template, length, long, task.labels, whole, arguments.answer_end)
-        if not any(isinstance(example, Reply) for example in task.test[:1]):
+        first = (next(iter(part), None) for part in (task.test, task.train))  # those of a file are no replies
+        if not any(isinstance(example, Reply) for example in first):
             return Encoder(*shared)
         card = TaskCard.read(adapter_path) if adapter_path else None
         if card is not None and card.later_template and card.prompt_template == template:
