@@ -27,7 +27,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from bhpeft import environment
-from bhpeft.adapters import adopt_settings, attach_adapter, base_model_of, check_adapter, is_bayesian, virtual_tokens
+from bhpeft.adapters import attach_adapter, base_model_of, check_adapter, is_bayesian, virtual_tokens
 from bhpeft.base_model import (
     check_4bit,
     check_positions,
@@ -39,7 +39,7 @@ from bhpeft.base_model import (
     settle_head,
 )
 from bhpeft.calibration import calibrate, check_calibration
-from bhpeft.config import Run, adopt_task, check_output_dir, goes_on, name_run, parse_arguments
+from bhpeft.config import Run, adopt_adapter, adopt_task, check_output_dir, goes_on, name_run, parse_arguments
 from bhpeft.feature_distance import check_distance
 from bhpeft.fit import fit
 from bhpeft.job import Job, Learned
@@ -102,7 +102,7 @@ def prepare(run: Run) -> Job:
     training = run.training
     trained_labels = ()
     if run.adapter.adapter_path:
-        adopt_settings(run.adapter)
+        adopt_adapter(run)
         trained_labels = adopt_task(run)
     if run.data.posterior_samples and not is_bayesian(run.adapter):
         raise InputError(
@@ -137,6 +137,8 @@ def prepare(run: Run) -> Job:
     check_adapter(run.adapter, config, base_name, head, len(task.labels))
     check_packing(run, config, is_bayesian(run.adapter), with_head)
     check_do_sample(run.data, task)
+    if training.label_smoothing_factor and task.task_type == "regression":
+        raise InputError("--label_smoothing_factor: is about labels, and here they are numbers; leave it out")
     tokenizer = load_tokenizer(base_name, run.base.revision, generates=not with_head)
     known = task if plan is None else plan.at_first(task)
     encoder = make_encoder(tokenizer, run.data, known, with_head, run.adapter.adapter_path)
@@ -147,8 +149,9 @@ def prepare(run: Run) -> Job:
     validation_rows = encoder.train_rows(task.validation, notes) if training.do_eval else None
     test_rows = encoder.test_rows(task.test, notes)
     ood_rows = encode_ood(encoder, ood, notes)
-    new_tokens = 0 if with_head else run.data.max_new_tokens + virtual_tokens(run.adapter)
-    check_positions(config, run.data.max_length + new_tokens)
+    generates = not with_head and run.data.predict_by == "generate" and (training.do_predict or training.do_eval)
+    beside = 0 if with_head else virtual_tokens(run.adapter) + run.data.max_new_tokens * generates
+    check_positions(config, run.data.max_length + beside)
     check_names(run, config, base_name, Question(head, len(task.labels)))
     check_weights(base_name)
     files.prepare()

@@ -10,6 +10,14 @@ from bhpeft.tasks.card import TASK_TYPES
 from bhpeft.tasks.templates import TEMPLATES
 
 ADAPTER_NAMES = ("bh-peft", "mam", "hybrid", "bayesian-lora", "lora", "qlora", "prompt-tuning")
+# Settings that one kind of adapter has and others have not; those not named here are BH-PEFT's.
+_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
+ADAPTER_OWN = {"lora": _LORA, "qlora": _LORA, "prompt-tuning": ("num_virtual_tokens", "prompt_init_text")}
+BH_PEFT_OWN = (
+    *_LORA[:3], "prefix_length", "prefix_bottleneck_size", "prefix_start", "bn_reduction_factor", "adapter_scaling",
+    "bayesian", "kl_weight", "prior_mu", "prior_sigma", "initial_sigma", "sites",
+)  # fmt: skip
+ALL_OWN = {*BH_PEFT_OWN, *(name for names in ADAPTER_OWN.values() for name in names)}
 LONG_PROMPTS = ("error", "truncate", "drop")
 HEADS = ("auto", "task", "lm")
 PREDICT_BY = ("generate", "score")

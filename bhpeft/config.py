@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhpeft import environment
-from bhpeft.adapters import has_prefix
+from bhpeft.adapters import adopt_settings, has_prefix
 from bhpeft.arguments import (
+    ADAPTER_OWN,
+    ALL_OWN,
+    BH_PEFT_OWN,
     AdapterArguments,
     BaseModelArguments,
     DataArguments,
@@ -96,7 +99,7 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
     except ValueError as error:  # TrainingArguments refuses a value or a combination
         raise InputError(str(error)) from error
     environment.set_precision(training, precision)
-    given = frozenset(word[2:].split("=")[0] for word in words if word.startswith("--"))
+    given = frozenset(word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--"))
     run = Run(base, adapter, data, output, rounds, plan, training, precision, notes, given)
     if output.smoke:
         _make_small(run)
@@ -148,11 +151,37 @@ def _check(run: Run) -> None:
     for name in ("fit_temperature", "validation_file"):
         if getattr(run.data, name) and not run.training.do_eval:
             raise InputError(f"--{name}: is about validation rows; give --do_eval as well")
+    if not run.adapter.adapter_path:
+        _leave_out_idle(run)
+    if run.training.label_smoothing_factor and run.adapter.adapter_name == "prompt-tuning":
+        raise InputError("--label_smoothing_factor with prompt-tuning: it takes virtual tokens for text; leave it out")
+    if run.training.neftune_noise_alpha and run.adapter.adapter_name == "prompt-tuning":
+        raise InputError("--neftune_noise_alpha with prompt-tuning: its embeddings are what is trained; leave it out")
     for name, needed in IDLE_WITHOUT.items():
         if name in run.given and not getattr(run.data, needed):
             run.notes.append(f"--{name}: has no effect without --{needed}")
     if not (run.training.do_train or run.training.do_eval or run.training.do_predict):
         raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; switch one on")
+
+
+def _leave_out_idle(run: Run) -> None:
+    """Settings that another adapter has and this one has not: said, and as if they were not given, so that the record
+    does not claim them. A recipe may hold them while a flag asks for another adapter."""
+    name = run.adapter.adapter_name
+    idle = (run.given & ALL_OWN) - set(ADAPTER_OWN.get(name, BH_PEFT_OWN))
+    defaults = {field.name: field.default for field in dataclasses.fields(run.adapter)}
+    for flag in sorted(idle):
+        setattr(run.adapter, flag, defaults[flag])
+        run.notes.append(f"--{flag}: has no effect with --adapter_name {name}")
+
+
+def adopt_adapter(run: Run) -> None:
+    """Take over what the adapter at `--adapter_path` is; say which flags ask for something else."""
+    asked = dict(vars(run.adapter))
+    adopt_settings(run.adapter)
+    for flag in sorted(run.given & asked.keys() - {"target_modules"}):
+        if (has := getattr(run.adapter, flag)) != asked[flag]:
+            run.notes.append(f"--{flag} {asked[flag]}: has no effect; the adapter at --adapter_path has {has}")
 
 
 def _check_resume(run: Run) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bhpeft.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
+from bhpeft.arguments import ADAPTER_OWN, ALL_OWN, BH_PEFT_OWN
 from bhpeft.compare import find, text_of
 from bhpeft.explanation_metrics import METRICS as AUTOMATIC
 from bhpeft.explanation_metrics import automatic_scores, mean
@@ -47,19 +48,11 @@ SETTINGS = (
     "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_train_samples", "max_length", "predict_by", "posterior_samples", "precision", "seed",
 )  # fmt: skip
-# Settings that one kind of adapter has and others have not, though every record names them.
-_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
-ADAPTER_OWN = {"lora": _LORA, "qlora": _LORA, "prompt-tuning": ("num_virtual_tokens", "prompt_init_text")}
-BH_PEFT_OWN = (
-    *_LORA[:3], "prefix_length", "prefix_bottleneck_size", "bn_reduction_factor", "adapter_scaling", "bayesian",
-    "kl_weight", "prior_mu", "prior_sigma", "initial_sigma", "sites",
-)  # fmt: skip
 OF_TRAINING = (
     "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "kl_weight", "max_train_samples", "warmup_steps", "train_sampling_strategy",
 )  # fmt: skip
 NONE = {"max_steps": -1, "posterior_samples": 0}  # what says that there is no such setting
-_ALL_OWN = {*BH_PEFT_OWN, *(name for names in ADAPTER_OWN.values() for name in names)}
 # Settings in which runs differ without differing in what they do.
 INCIDENTAL = re.compile(
     r"run_name|output_dir|results_dir|overwrite|local_rank|train_batch_size|adapter_path|report_to|disable_tqdm|smoke"
@@ -182,7 +175,7 @@ def _concerns(config: dict[str, Any], name: str) -> bool:
     """Whether the run's adapter has such a setting at all, and, of training, whether it trained."""
     if config.get("do_train") is False and name in OF_TRAINING:
         return False
-    return name not in _ALL_OWN or name in ADAPTER_OWN.get(str(config.get("adapter_name")), BH_PEFT_OWN)
+    return name not in ALL_OWN or name in ADAPTER_OWN.get(str(config.get("adapter_name")), BH_PEFT_OWN)
 
 
 def _setting(config: dict[str, Any], name: str) -> str:

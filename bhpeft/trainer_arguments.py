@@ -15,6 +15,7 @@ UNSET_OUTPUT_DIR = "trainer_output"  # what TrainingArguments puts where no --ou
 INSTEAD = {  # flags of TrainingArguments that are refused, and what does the same
     "push_to_hub": "publish the adapter's folder once you have read its card, with `hf upload`",
     "hub_token": "a token on the command line is read by others; set HF_TOKEN, or log in with `hf auth login`",
+    "save_only_model": "a checkpoint holds what --resume needs; the adapter alone is in the run's own folder",
     "fsdp": "models are sharded by DeepSpeed ZeRO-3: accelerate launch --config_file ds_zero3_cpu.yaml",
 }
 
@@ -61,7 +62,18 @@ class TrainerArguments(TrainingArguments):
         for name in ("remove_unused_columns", "dataloader_drop_last"):
             if getattr(self, name):
                 raise InputError(f"--{name}: not here; every row is answered, and rows hold what answering needs")
+        if self.metric_for_best_model not in (None, "loss", "eval_loss"):
+            raise InputError(
+                f"--metric_for_best_model {self.metric_for_best_model}: checkpoints are told apart by their loss on "
+                "validation rows alone; give eval_loss, or leave it out"
+            )
         super().__post_init__()
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if (getattr(self, name, None) or {}).get("use_reentrant"):
+                raise InputError(
+                    f"--{name} use_reentrant: not here; its first pass keeps no graph, so that the KL of Gaussian "
+                    "weights would have no gradient; leave it out"
+                )
         missing = set(self.report_to) - set(get_available_reporting_integrations())
         if missing:
             raise InputError(f"--report_to {', '.join(sorted(missing))}: not installed; pip install it, or give none")

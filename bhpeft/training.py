@@ -34,6 +34,7 @@ from bhpeft.mc_dropout import batch_seed, dropout_noise
 from bhpeft.prediction import Answers, generate, label_log_likelihoods, seeded
 from bhpeft.sharded_state import load_sharded, save_sharded
 from bhpeft.tasks.card import TaskCard
+from bhpeft.tasks.token_rows import tokens_of
 
 SCHEDULER = "scheduler.pt"
 
@@ -85,7 +86,7 @@ class AdapterTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         lengths = getattr(rows, "lengths", None)
         if lengths is None:
-            lengths = np.array([len(row["input_ids"]) for row in rows], np.int32)
+            lengths = np.array([tokens_of(row) for row in rows], np.int32)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.groups = LengthGroups(together, lengths, seed)

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, LlamaConfig
 
 from bhpeft.adapters import adopt_settings, attach_adapter, check_adapter, target_modules_for
 from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import check_4bit, load_base_model, parameter_counts
 from bhpeft.errors import InputError
+from bhpeft.prediction import generate
 
 
 def on_meta(config):
@@ -155,6 +156,28 @@ def test_adapter_of_other_shapes_is_refused(tiny_model, adapter_folder, tmp_path
     (folder / "adapter_config.json").write_text(json.dumps({**saved, "r": 3}))
     with pytest.raises(InputError, match="does not fit.*size mismatch"):
         attach_adapter(load_base_model(str(tiny_model)), AdapterArguments(adapter_path=str(folder)), str(tiny_model))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_of_a_base_of_another_depth_is_refused(layers, tiny_model, adapter_folder):
+    """Of the same name and width; peft would load what has a place, and leave the rest out, or fresh."""
+    config = AutoConfig.from_pretrained(tiny_model)
+    assert config.num_hidden_layers == 2
+    config.update({"num_hidden_layers": layers, "layer_types": None})
+    other = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match=r"does not fit .*layers\.\d.*is only in one of the two"):
+        attach_adapter(other, AdapterArguments(adapter_path=str(adapter_folder[0])), str(tiny_model))
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "input_layernorm", "lm_head"])
+def test_modules_trained_within_a_half_precision_base_give_it_its_own_dtype(name, tiny_model):
+    base = load_base_model(str(tiny_model), precision="bf16")
+    model = attach_adapter(base, AdapterArguments(adapter_name="lora"), str(tiny_model), train_too=[name]).eval()
+    ids = torch.arange(3, 9)[None]
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=2)
+    assert generate(model, ids, torch.ones_like(ids), config).shape == (1, 3)
+    expected = torch.float32 if name == "lm_head" else torch.bfloat16
+    assert model(input_ids=ids).logits.dtype == expected
 
 
 def test_4bit_really_quantises_and_counts_true_sizes(tiny_model):

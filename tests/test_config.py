@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 
 from bhpeft import environment
 from bhpeft.checkpoints import seal
-from bhpeft.config import adopt_task, check_output_dir, name_run, parse_arguments
+from bhpeft.config import adopt_adapter, adopt_task, check_output_dir, name_run, parse_arguments
 from bhpeft.errors import InputError, nearest
 from bhpeft.tasks.card import TaskCard
 
@@ -86,6 +87,12 @@ def test_lists_booleans_and_nothing_in_a_recipe(tmp_path):
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
         (["--lr_scheduler_type", "zigzag"], ["zigzag"]),
         (["--warmup_steps", "-3"], ["warmup_steps"]),
+        (["--save_only_model", "true"], ["--save_only_model", "--resume needs"]),
+        (["--metric_for_best_model", "accuracy"], ["--metric_for_best_model accuracy", "give eval_loss"]),
+        (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], ["use_reentrant", "no gradient"]),
+        (["--label_smoothing_factor", "0.1", "--adapter_name", "prompt-tuning"], ["--label_smoothing_factor"]),
+        (["--neftune_noise_alpha", "5", "--adapter_name", "prompt-tuning"], ["--neftune_noise_alpha"]),
+        (["--prior-widening", "2"], ["--prior_widening", "rounds"]),
     ],
 )
 def test_mistakes_in_flags(flags, words):
@@ -175,7 +182,7 @@ def test_a_flag_beats_what_an_adapter_was_trained_for(tmp_path):
     run = parse_arguments(adapter)
     assert adopt_task(run) == ("n", "p")
     assert (run.data.predict_by, run.data.max_length, run.data.prompt_template) == ("score", 512, "X {text_input}")
-    run = parse_arguments([*adapter, "--predict_by", "generate", "--max_length", "64", "--labels", "a", "b"])
+    run = parse_arguments([*adapter, "--predict-by", "generate", "--max_length", "64", "--labels", "a", "b"])
     assert adopt_task(run) == ()
     assert (run.data.predict_by, run.data.max_length, run.data.prompt_template) == ("generate", 64, "X {text_input}")
     with pytest.raises(InputError, match="was trained for classification"):
@@ -191,6 +198,31 @@ def test_a_flag_without_effect_is_said():
     ]
     with_both = parse_arguments([*BASE, "--temperature", "0.7", "--do_sample"])
     assert not any("no effect" in note for note in with_both.notes)
+
+
+def test_settings_of_another_adapter_are_said_and_not_recorded(tmp_path):
+    flags = ["--sites", "prefix", "--bayesian", "all", "--kl_weight", "5", "--lora_rank", "4"]
+    run = parse_arguments([*BASE, "--adapter_name", "lora", *flags])
+    told = [note for note in run.notes if "no effect" in note]
+    assert told == [f"--{name}: has no effect with --adapter_name lora" for name in ("bayesian", "kl_weight", "sites")]
+    settings = run.as_dict()
+    assert (settings["sites"], settings["bayesian"], settings["kl_weight"], settings["lora_rank"]) == (None, None, 1, 4)
+    run = parse_arguments([*BASE, "--adapter_name", "bayesian-lora", "--target_modules", "q_proj", "k_proj"])
+    assert run.adapter.target_modules is None and any(n.startswith("--target_modules: has no") for n in run.notes)
+    quiet = parse_arguments([*BASE, "--adapter_name", "bh-peft", *flags])
+    assert not any("no effect" in note for note in quiet.notes) and quiet.adapter.sites == ["prefix"]
+
+
+def test_flags_that_an_existing_adapter_overrules_are_said(tmp_path):
+    saved = {"peft_type": "LORA", "base_model_name_or_path": "m", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    (tmp_path / "adapter_model.safetensors").write_text("")
+    flags = ["--adapter_path", str(tmp_path), "--lora_rank", "4", "--lora_alpha", "16"]
+    run = parse_arguments([*BASE, *flags])
+    adopt_adapter(run)
+    assert [note for note in run.notes if "no effect" in note] == [
+        "--lora_rank 4: has no effect; the adapter at --adapter_path has 8"
+    ]
 
 
 @pytest.mark.parametrize(("gpus", "used"), [(0, 0), (1, 1), (4, 1)])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,6 +19,8 @@ from bhpeft.adapters.bh_peft import PEFT_TYPE, PRESETS, BhPeftConfig
 from bhpeft.adapters.stock import lora_config, prompt_tuning_config
 from bhpeft.errors import InputError
 
+# What stands at a model's end, whose logits stay in full precision; or before such a head.
+LAST = {"score", "classifier", "pre_classifier", "pooler", "lm_head", "embed_out"}
 OUTPUT_LAYER = re.compile(r"\.(score|classifier|classifier\.out_proj)\.weight$")
 # What peft wraps a model in, by what it answers: it has no name for multiple choice, whose arguments it passes on.
 PEFT_TASKS = {
@@ -211,6 +213,8 @@ def attach_adapter(
                 raise InputError(f"--modules_to_save {' '.join(missing)}: the base model has no such module")
             config.modules_to_save = list(dict.fromkeys(train_too)) or None
             model = get_peft_model(base, config)
+        except InputError:
+            raise
         except ValueError as error:  # peft's own check of --target_modules
             named = " ".join(arguments.target_modules or [])
             flag = f"--target_modules {named}" if named else f"--adapter_name {arguments.adapter_name}"
@@ -220,9 +224,11 @@ def attach_adapter(
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.register_forward_pre_hook(_cast_input)
+            if not LAST & set(name.split(".")):
+                module.register_forward_hook(_cast_output)
     return model
 
 
@@ -231,6 +237,14 @@ def _cast_input(module: ModulesToSaveWrapper, inputs: tuple) -> tuple:
     used = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
     dtype = next(used.parameters()).dtype
     return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _cast_output(module: ModulesToSaveWrapper, inputs: tuple, output):
+    """What goes back into a half-precision base, in its dtype: accelerate's autocast covers training, and not
+    `generate`."""
+    frozen = next(module.original_module.parameters()).dtype
+    floating = isinstance(output, torch.Tensor) and output.is_floating_point()
+    return output.to(frozen) if floating else output
 
 
 def _load_adapter(base: PreTrainedModel, path: str, base_name: str) -> PeftModel:
@@ -242,9 +256,25 @@ def _load_adapter(base: PreTrainedModel, path: str, base_name: str) -> PeftModel
         lines = str(error).strip().splitlines()
         reason = lines[min(1, len(lines) - 1)].strip()  # the first line of torch's only says that something is wrong
         raise InputError(f"--adapter_path {path}: does not fit {base_name} ({reason})") from error
+    if not prompt_learning:
+        _check_places(model, path, base_name)
     if prompt_learning:
         # Also for a test alone: in inference mode peft reads the embedding's weight directly, and under ZeRO-3 only
         # the forward pass of its module makes it whole.
         model.active_peft_config.inference_mode = False
         model.prompt_encoder.requires_grad_(True)
     return model
+
+
+def _check_places(model: PeftModel, path: str, base_name: str) -> None:
+    """Raise `InputError` unless each weight of the adapter's file has a place in the model, and each place a weight:
+    peft passes over what a base of another depth has too many or too few of."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    wanted = set(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False))
+    # Embeddings that were trained with it go by their own names: peft does not count them as the adapter's.
+    stray = (wanted ^ set(weight_shapes(path))) - (set(state) - wanted)
+    if stray:
+        raise InputError(
+            f"--adapter_path {path}: does not fit {base_name}: {min(stray)} is only in one of the two; give the base "
+            "that it was trained on"
+        )

@@ -46,6 +46,12 @@ class TokenRows:
         return TokenRows, (self.folder,)
 
 
+def tokens_of(row: dict) -> int:
+    """How many tokens a row is padded by: those of its text, or of the longest of its choices."""
+    ids = row["input_ids"]
+    return max(map(len, ids)) if isinstance(ids[0], list) else len(ids)
+
+
 def write_tokens(rows: Iterable[dict], folder: Path) -> None:
     """Write tokenised rows, of which there is one at least, as they come, and how long each is."""
     lengths, rows = array("i"), iter(rows)
@@ -53,7 +59,7 @@ def write_tokens(rows: Iterable[dict], folder: Path) -> None:
     schema = pa.schema([(name, _type_of(value)) for name, value in first.items()])
     with pa.OSFile(str(folder / ROWS), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for some in chunks(chain([first], rows), TOGETHER):
-            lengths.extend(len(row["input_ids"]) for row in some)
+            lengths.extend(map(tokens_of, some))
             writer.write_batch(pa.RecordBatch.from_pylist(some, schema))
     np.save(folder / LENGTHS, np.array(lengths, np.int32))
 
