@@ -39,7 +39,16 @@ from bhpeft.base_model import (
     settle_head,
 )
 from bhpeft.calibration import calibrate, check_calibration
-from bhpeft.config import Run, adopt_adapter, adopt_task, check_output_dir, goes_on, name_run, parse_arguments
+from bhpeft.config import (
+    Run,
+    adopt_adapter,
+    adopt_task,
+    check_output_dir,
+    goes_on,
+    name_run,
+    note_idle,
+    parse_arguments,
+)
 from bhpeft.feature_distance import check_distance
 from bhpeft.fit import fit
 from bhpeft.job import Job, Learned
@@ -60,6 +69,8 @@ from bhpeft.tasks.rounds import load_in_rounds
 from bhpeft.tensor_files import check_weights
 from bhpeft.trainer_arguments import TrainerArguments
 from bhpeft.training import AdapterTrainer
+
+GAUSSIAN = "train one with --adapter_name bh-peft or bayesian-lora (and not --bayesian none)"
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -105,12 +116,10 @@ def prepare(run: Run) -> Job:
         adopt_adapter(run)
         trained_labels = adopt_task(run)
     if run.data.posterior_samples and not is_bayesian(run.adapter):
-        raise InputError(
-            "--posterior_samples: the adapter has no Gaussian weights; train one with --bayesian down or all"
-        )
+        raise InputError(f"--posterior_samples: {run.adapter.adapter_name} has no Gaussian weights; {GAUSSIAN}")
     if run.rounds.on and run.rounds.carry == "posterior" and not is_bayesian(run.adapter):
         raise InputError(
-            "--carry posterior: the adapter has no Gaussian weights; give --bayesian down or all, or --carry weights"
+            f"--carry posterior: {run.adapter.adapter_name} has no Gaussian weights; {GAUSSIAN}, or --carry weights"
         )
     name_run(run)
     files = RunFiles(run.output.results_dir, training.run_name)
@@ -122,6 +131,8 @@ def prepare(run: Run) -> Job:
     config = load_config(base_name, run.base.revision)
     check_dropout(run, config)
     environment.check_compiler(training)
+    if training.do_train:
+        training.check_optimizer()
     in_4bit = settle_4bit(run)
     if training.idle_gpus:
         gpus = training.idle_gpus + 1
@@ -133,6 +144,7 @@ def prepare(run: Run) -> Job:
     check_distance(run, task)
     ood = read_ood(run.data, task, training.data_seed)
     with_head = settle_head(run.base.head, config, task.task_type)
+    note_idle(run, with_head)
     head = task.task_type if with_head else "lm"
     check_adapter(run.adapter, config, base_name, head, len(task.labels))
     check_packing(run, config, is_bayesian(run.adapter), with_head)

@@ -154,9 +154,9 @@ def keep_last(folder: Path, step: int, count: int | None, best: str | None) -> N
     Later ones are what was not gone on from, and are replaced in their turn.
 
     Args:
-        count: None or 0 keeps them all.
+        count: None, 0 or less keeps them all.
     """
     until = [checkpoint for at, checkpoint in steps(folder) if at <= step]
-    for checkpoint in until[:-count] if count else []:
+    for checkpoint in until[:-count] if count and count > 0 else []:
         if best is None or checkpoint.resolve() != Path(best).resolve():
             shutil.rmtree(checkpoint, ignore_errors=True)

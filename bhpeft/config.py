@@ -29,6 +29,7 @@ from bhpeft.checkpoints import PARTIAL, fault, steps
 from bhpeft.errors import InputError
 from bhpeft.flags import FlagParser, command_words
 from bhpeft.tasks.card import TaskCard
+from bhpeft.tasks.load import KNOWN_DATASETS
 from bhpeft.trainer_arguments import ARGUMENT_CLASSES, UNSET_OUTPUT_DIR, TrainerArguments
 
 ROUNDS_STATE = "rounds.json"  # in the folder of a run in rounds: which of them are finished
@@ -39,6 +40,8 @@ IDLE_WITHOUT = {
     **dict.fromkeys(("temperature", "top_k", "top_p"), "do_sample"),
     **dict.fromkeys(("ood_data_path", "max_ood_samples"), "ood_dataset_name"),
 }
+# Flags of questions and answers as text, which a model with a head of its own does without.
+OF_TEXT = ("prompt_template", "instruction", "answer_end", "predict_by", "max_new_tokens", "context_turns")
 
 
 @dataclass
@@ -96,7 +99,7 @@ def parse_arguments(argv: list[str] | None = None) -> Run:
         base, adapter, data, output, rounds, plan, training = parser.parse_dict(settings, allow_extra_keys=True)
     except InputError:
         raise
-    except ValueError as error:  # TrainingArguments refuses a value or a combination
+    except (ValueError, OSError) as error:  # TrainingArguments refuses a value or a combination, or reads a file
         raise InputError(str(error)) from error
     environment.set_precision(training, precision)
     given = frozenset(word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--"))
@@ -247,9 +250,25 @@ def adopt_task(run: Run) -> tuple[str, ...]:
     if card.base_in_4bit and not run.load_in_4bit and not run.base.allow_full_precision:
         run.base.load_in_4bit = True
         run.notes.append("base in 4 bit, as the adapter was trained; --allow_full_precision loads it whole")
+    if card.head and run.data.labels and list(run.data.labels) != list(card.labels):
+        run.notes.append(f"--labels: has no effect; the adapter's head tells {', '.join(card.labels)} apart")
     if card.task_type != "classification" or (run.data.labels and not card.head):
         return ()  # labels as text may be others in another run; a head's are fixed
     return tuple(card.labels)
+
+
+def note_idle(run: Run, with_head: bool) -> None:
+    """Add a note on each flag that was given and does nothing in this run.
+
+    Args:
+        with_head: the model answers by a head of its own.
+    """
+    if with_head:
+        for name in sorted(run.given & set(OF_TEXT)):
+            run.notes.append(f"--{name}: has no effect; the model answers by a head of its own (--head lm: by text)")
+    name = run.data.dataset_name
+    if run.data.data_path and name not in KNOWN_DATASETS and not run.rounds.round_files:
+        run.notes.append(f"--data_path: has no effect; {name} is no known dataset")
 
 
 def name_run(run: Run) -> None:
@@ -258,7 +277,7 @@ def name_run(run: Run) -> None:
         source = run.base.base_model or run.adapter.adapter_path
         parts = [run.adapter.adapter_name, Path(source).name, Path(run.data.dataset_name).stem]
         name = "_".join(parts if run.training.do_train else ["test", *parts])
-        run.training.run_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+        run.training.run_name = re.sub(r"\.ood$", "-ood", re.sub(r"[^A-Za-z0-9._-]+", "-", name))
     if run.training.output_dir is None or run.training.output_dir == UNSET_OUTPUT_DIR:
         run.training.output_dir = str(Path("adapters") / run.training.run_name)
 

@@ -43,6 +43,15 @@ class Stopped(RunError):
     code = EXIT_STOPPED
 
 
+def check_utf8(what: str, text: str) -> None:
+    """Raise `InputError` for a text with bytes that were no UTF-8: Python keeps them as halves of letters, which no
+    tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what}: character {error.start + 1} is not UTF-8; convert the text first") from None
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

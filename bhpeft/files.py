@@ -116,17 +116,17 @@ def stream_rows(
     header = [name.strip() for name in names]
     if len(set(header)) < len(header):
         raise InputError(f"{path}:1: two columns have one name ({', '.join(header)}); rename one.")
-    return header, _of_equal_length(path, header, found, delimiter)
+    return header, _of_equal_length(path, header, found, delimiter, quoting != csv.QUOTE_NONE)
 
 
 def _of_equal_length(
-    path: str | Path, header: list[str], rows: Iterator[tuple[int, list[str]]], delimiter: str
+    path: str | Path, header: list[str], rows: Iterator[tuple[int, list[str]]], delimiter: str, quoted: bool
 ) -> Iterator[tuple[int, list[str]]]:
     for line, row in rows:
         if len(row) != len(header):
+            mend = f"quote fields that hold {delimiter!r}" if quoted else "no field may hold a tab: save it as .csv"
             raise InputError(
-                f"{path}:{line}: {len(row)} fields where the header has {len(header)} "
-                f"({', '.join(header)}); quote fields that hold {delimiter!r}."
+                f"{path}:{line}: {len(row)} fields where the header has {len(header)} ({', '.join(header)}); {mend}."
             )
         yield line, row
 

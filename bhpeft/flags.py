@@ -42,7 +42,8 @@ def command_words(argv: list[str], known: set[str]) -> list[str]:
     for word in words:
         name = word.split("=")[0]
         if name.startswith("--") and name[2:] not in known:
-            raise InputError(f"unknown flag {name}.{nearest(name[2:], known)} All flags: --help")
+            real = [flag for flag in known if not flag.startswith("no_") and "-" not in flag]
+            raise InputError(f"unknown flag {name}.{nearest(name[2:].replace('-', '_'), real)} All flags: --help")
     return words
 
 
@@ -89,6 +90,8 @@ def _recipe_as_flags(path: str, known: set[str]) -> list[str]:
 
 
 def _config_of(argv: list[str]) -> str | None:
+    if sum(word.split("=")[0] == "--config" for word in argv) > 1:
+        raise InputError("--config: given twice; put what both say into one recipe, or the rest into flags")
     for i, word in enumerate(argv):
         if word == "--config":
             if i + 1 == len(argv) or argv[i + 1].startswith("--"):

@@ -47,8 +47,8 @@ def check_dropout(run, config: PretrainedConfig) -> None:
         own = [run.base.base_dropout for _ in own]  # it takes the place of each, of 0.0 as well
     if max(own, default=0.0) <= 0:
         raise InputError(
-            "--mc_dropout_samples: there is no dropout in the model; train with --lora_dropout 0.1, or give "
-            "--base_dropout where the base has dropout"
+            "--mc_dropout_samples: there is no dropout in the model; train an adapter with LoRA and --lora_dropout 0.1 "
+            "(one at --adapter_path keeps its own), or give --base_dropout where the base has dropout"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ INSTEAD = {  # flags of TrainingArguments that are refused, and what does the sa
     "save_only_model": "a checkpoint holds what --resume needs; the adapter alone is in the run's own folder",
     "fsdp": "models are sharded by DeepSpeed ZeRO-3: accelerate launch --config_file ds_zero3_cpu.yaml",
 }
+OF_A_MODEL = ("galore", "apollo", "lomo")  # optimizers that are made for a model's layers
 
 
 @dataclass
@@ -62,6 +64,10 @@ class TrainerArguments(TrainingArguments):
         for name in ("remove_unused_columns", "dataloader_drop_last"):
             if getattr(self, name):
                 raise InputError(f"--{name}: not here; every row is answered, and rows hold what answering needs")
+        if not self.eval_do_concat_batches:
+            raise InputError("--eval_do_concat_batches false: not here; answers are put in the rows' order whole")
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_loss"
         if self.metric_for_best_model not in (None, "loss", "eval_loss"):
             raise InputError(
                 f"--metric_for_best_model {self.metric_for_best_model}: checkpoints are told apart by their loss on "
@@ -74,9 +80,38 @@ class TrainerArguments(TrainingArguments):
                     f"--{name} use_reentrant: not here; its first pass keeps no graph, so that the KL of Gaussian "
                     "weights would have no gradient; leave it out"
                 )
+        if isinstance(self.lr_scheduler_kwargs, str):
+            raise InputError(f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs}: must be a mapping in JSON")
+        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+            raise InputError("--use_liger_kernel: liger-kernel is not installed; pip install it, or leave it out")
+        if self.eval_on_start and not self.do_eval:
+            raise InputError("--eval_on_start: there are no validation rows; give --do_eval as well")
         missing = set(self.report_to) - set(get_available_reporting_integrations())
         if missing:
             raise InputError(f"--report_to {', '.join(sorted(missing))}: not installed; pip install it, or give none")
+
+    def check_optimizer(self) -> None:
+        """Make the optimizer and its schedule for one number, so that what they refuse is said before a model is
+        loaded.
+
+        Raises:
+            InputError: they refuse their settings, or are not installed.
+        """
+        import torch
+        from transformers import Trainer, get_scheduler
+
+        flag = f"--optim {getattr(self.optim, 'value', self.optim)}"
+        try:
+            if any(name in flag for name in OF_A_MODEL):
+                return
+            make, settings = Trainer.get_optimizer_cls_and_kwargs(self)
+            optimizer = make([torch.nn.Parameter(torch.zeros(1))], **settings)
+            flag = f"--lr_scheduler_type {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)}"
+            schedule = {"scheduler_specific_kwargs": self.lr_scheduler_kwargs}
+            get_scheduler(self.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=10, **schedule)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{flag}: {reason}; give its settings, install it, or choose another") from error
 
     @property
     def n_gpu(self) -> int:

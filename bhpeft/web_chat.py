@@ -25,7 +25,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr  # noqa: E402
 
-from bhpeft.chat import Answer, ChatModel, Settings  # noqa: E402
+from bhpeft.chat import Answer, ChatModel  # noqa: E402
+from bhpeft.chat_settings import Settings  # noqa: E402
 from bhpeft.errors import InputError  # noqa: E402
 from bhpeft.token_uncertainty import TokenUncertainty, token_uncertainty  # noqa: E402
 
@@ -153,6 +154,11 @@ class Session:
         yield " · ".join(notes)
 
 
+def around(value: float, low: float, high: float) -> tuple[float, float, float]:
+    """Ends of a slider that also holds a value given on the command line; and the value."""
+    return min(low, value), max(high, value), value
+
+
 def build(session: Session, settings: Settings) -> gr.Blocks:
     """The page."""
     chat, sides = session.chat, list(session.sides)
@@ -184,9 +190,9 @@ def build(session: Session, settings: Settings) -> gr.Blocks:
             fields = {
                 "max_new_tokens": gr.Slider(1, longest, settings.max_new_tokens, step=1, label="most new tokens"),
                 "do_sample": gr.Checkbox(settings.do_sample, label="draw tokens (else the likeliest each time)"),
-                "temperature": gr.Slider(0.05, 2, settings.temperature, step=0.05, label="temperature"),
-                "top_k": gr.Slider(0, 200, settings.top_k, step=1, label="top k (0: all)"),
-                "top_p": gr.Slider(0.05, 1, settings.top_p, step=0.05, label="top p"),
+                "temperature": gr.Slider(*around(settings.temperature, 0.05, 2), step=0.05, label="temperature"),
+                "top_k": gr.Slider(*around(settings.top_k, 0, 200), step=1, label="top k (0: all)"),
+                "top_p": gr.Slider(*around(settings.top_p, 0.05, 1), step=0.05, label="top p"),
             }
 
         def respond(message: str, talks: list, shade: str, request: gr.Request, *values):

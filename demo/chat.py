@@ -26,10 +26,11 @@ from classify import PRECISIONS, quieten  # noqa: E402
 
 from bhpeft.adapter_files import check_adapter_folder  # noqa: E402
 from bhpeft.annotation_terminal import printable  # noqa: E402
-from bhpeft.errors import InputError, Parser, nearest, run_main  # noqa: E402
+from bhpeft.chat_settings import Settings  # noqa: E402
+from bhpeft.errors import InputError, Parser, check_utf8, nearest, run_main  # noqa: E402
 
 if TYPE_CHECKING:  # torch is loaded once the flags are known to be right
-    from bhpeft.chat import ChatModel, Settings
+    from bhpeft.chat import ChatModel
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -88,12 +89,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f"--posterior_samples {args.posterior_samples}: must be 0 (no shade), or 2 or more")
     if not 0 <= args.port < 65536:
         raise InputError(f"--port {args.port}: must be at least 0 and below 65536")
+    settings_of(args, Settings())  # what cannot be is said before anything is loaded
     return args
 
 
-def settings_of(args: argparse.Namespace, chat: ChatModel) -> Settings:
-    """The settings that the flags ask for, the rest as usual."""
-    settings = chat.default_settings()
+def settings_of(args: argparse.Namespace, settings: Settings) -> Settings:
+    """The settings that the flags ask for, the rest as they are."""
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):
         if getattr(args, name) is not None:
             settings = settings.changed(name, str(getattr(args, name)))
@@ -146,6 +147,7 @@ class Terminal:
 
     def ask(self, message: str) -> None:
         """Stream the answer of each side; one that is stopped is kept as far as it came, and ends the round."""
+        check_utf8("this line", message)
         for name, adapted in self.sides.items():
             history = self.histories[name]
             answer = self.chat.ask(history, message, self.settings, adapted)
@@ -231,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ("adapter_path", "base_model", "base_only", "load_in_4bit", "allow_full_precision", "prompt_template",
              "instruction", "context_turns")  # fmt: skip
     chat = open_chat(ChatArguments(**{name: getattr(args, name) for name in names}, precision=PRECISIONS[args.dtype]))
-    settings = settings_of(args, chat)
+    settings = settings_of(args, chat.default_settings())
     if args.web:
         from bhpeft.web_chat import serve
 

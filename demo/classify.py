@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from bhpeft.adapter_files import check_adapter_folder  # noqa: E402
-from bhpeft.errors import InputError, Parser, run_main  # noqa: E402
+from bhpeft.errors import InputError, Parser, check_utf8, run_main  # noqa: E402
 from bhpeft.files import csv_line, write_rows  # noqa: E402
 from bhpeft.scores import entropy, probabilities  # noqa: E402
 from bhpeft.uncertainty import total_deviation  # noqa: E402
@@ -90,6 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--text_column", default="text_input", help="column of the texts (default: text_input)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers as CSV (default: print them)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
     parser.add_argument(
         "--posterior_samples", type=int, metavar="S",
         help=f"weights drawn from the posterior (default: {SAMPLES} where the adapter has one; 0: its mean)",
@@ -109,14 +110,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError("TEXT and --file: two sources of texts; give one")
     if args.text is not None and not args.text.strip():
         raise InputError("TEXT: is empty; give a text to classify")
-    if args.out and args.out.is_dir():
-        raise InputError(f"--out {args.out}: is a folder; give the name of a file")
+    if args.out:
+        check_out(args.out, args.file, args.overwrite)
+    if args.text is not None:
+        check_utf8("TEXT", args.text)
     for name, least in (("batch_size", 1), ("max_length", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least {least}")
+        if getattr(args, name) is not None and not least <= getattr(args, name) < 2**32:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least {least} and below 2**32")
     if args.posterior_samples is not None and (args.posterior_samples < 0 or args.posterior_samples == 1):
         raise InputError(f"--posterior_samples {args.posterior_samples}: must be 0 (the posterior mean), or 2 or more")
     return args
+
+
+def check_out(out: Path, file: Path | None, overwrite: bool) -> None:
+    """Raise `InputError` where the answers cannot be written, or would take the place of what is there."""
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; give the name of a file")
+    if file and out.resolve() == file.resolve():
+        raise InputError(f"--out {out}: is the file that is read; choose another name")
+    if out.exists() and not overwrite:
+        raise InputError(f"--out {out}: exists; choose another name or pass --overwrite")
+    folder = next(part for part in out.absolute().parents if part.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: {folder} is no folder that can be written to; choose another")
 
 
 def find_adapter(args: argparse.Namespace) -> Trained:

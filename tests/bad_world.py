@@ -47,6 +47,8 @@ DATA: dict[str, str | bytes] = {
     "long.csv": HEAD + ROWS + "word " * 300 + ",yes\n",
     "rows.xlsx": b"PK\x03\x04",
     "rows": HEAD + ROWS,
+    "data/rows.txt": HEAD + ROWS,
+    "tabs.tsv": HEAD.replace(",", "\t") + '"a\tb"\tyes\n',
     "broken.jsonl": '{"text_input": "a", "text_label": "yes"}\n{"text_input": "b", \n',
     "list.jsonl": '["a", "yes"]\n',
     "key.jsonl": '{"text_input": "a", "text_label": "yes"}\n{"text": "b", "text_label": "no"}\n',

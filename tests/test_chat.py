@@ -19,7 +19,8 @@ from bhpeft.adapters.posterior import posterior_noise
 from bhpeft.adapters.sites import PrefixUp, prefix_kept
 from bhpeft.arguments import AdapterArguments
 from bhpeft.base_model import load_base_model
-from bhpeft.chat import ChatModel, Decoder, Settings
+from bhpeft.chat import ChatModel, Decoder
+from bhpeft.chat_settings import Settings
 from bhpeft.chat_setup import ChatArguments, open_chat
 from bhpeft.errors import InputError
 from bhpeft.prediction import generate, greedy_config

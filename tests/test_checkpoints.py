@@ -69,6 +69,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     keep_last(tmp_path, 10, 2, str(tmp_path / "checkpoint-4"))
     assert [step for step, _ in steps(tmp_path)] == [4, 8, 10, 100]  # 100: of what was not gone on from
     keep_last(tmp_path, 100, None, None)
+    keep_last(tmp_path, 100, -1, None)  # as in transformers: no limit
     assert len(steps(tmp_path)) == 4
 
 

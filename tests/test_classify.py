@@ -32,7 +32,9 @@ SAMPLES = 4
 def answers(folder, file, tmp_path, *flags):
     """What the script says to all rows of a file: columns of text or numbers."""
     out = tmp_path / "answers.csv"
-    classify.main(["--adapter_path", str(folder), "--file", str(file), "--out", str(out), *map(str, flags)])
+    classify.main(
+        ["--adapter_path", str(folder), "--file", str(file), "--out", str(out), "--overwrite", *map(str, flags)]
+    )
     with open(out, newline="", encoding="utf-8") as lines:
         header, *rows = list(csv.reader(lines))
     columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
@@ -142,6 +144,11 @@ def test_a_head_with_gaussian_weights(train, tiny_encoder, labelled, tmp_path, c
     assert float(lines[1].split()[1]) + float(lines[2].split()[0]) == pytest.approx(1, abs=1e-4)
     assert [line[:20].strip() for line in lines[3:]] == ["entropy", "mutual information", "standard deviation"]
     assert "over 10 posterior samples" in lines[5]
+
+
+def test_a_text_that_is_no_utf8_is_told_in_a_line(tmp_path):
+    with pytest.raises(InputError, match="TEXT: character 4 is not UTF-8"):
+        classify.main(["caf\udce9", "--adapter_path", str(tmp_path)])
 
 
 def test_a_regression_has_the_labels_units(train, tiny_encoder, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run_command
 
+import parameter_efficient_fine_tuning as trainer_script
 from benchmarks.planner import make_model, make_rows, trainer_words
 from bhpeft.adapters import attach_adapter
 from bhpeft.base_model import head_modules, load_base_model, load_config, load_with_head, parameter_counts
@@ -21,6 +22,8 @@ from bhpeft.plan.model import Inventory, meta_model, nf4_bytes, question_of
 from bhpeft.plan.report import Plan
 from bhpeft.plan.speed import Rates, break_even_tokens
 from bhpeft.plan.step import FakeStep, StepCost, _Counter, shallow
+
+PLAN_RATES = ["--cpu_memory", 64, "--link_gbps", 25, "--flops", 3e12, "--plan_ranks", 1]  # nothing is measured
 
 LLAMA_13B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 40,
@@ -255,6 +258,29 @@ def test_llama_13b_is_planned_from_its_configuration_alone(tmp_path):
     assert "does not fit on 12 GiB: it takes" in done.stdout and "it fits with --load_in_4bit." in done.stdout
     assert plan["advice"]["layout"] == "ZeRO-3 + offload, bf16"  # as asked: not in 4 bit
     assert "streaming is hidden from" in done.stdout and "ds_zero3_cpu.yaml" in plan["advice"]["launch"]
+
+
+@pytest.mark.parametrize("name", ["lora", "bh-peft"])
+def test_an_existing_adapter_with_a_head_is_planned(name, tiny_encoder, labelled, tmp_path, capsys):
+    flags = ["--base_model", tiny_encoder, "--dataset_name", labelled, "--results_dir", tmp_path / "results"]
+    train = [*flags, "--adapter_name", name, "--max_steps", 1, "--output_dir", tmp_path / "a", "--do_predict", "false"]
+    record = trainer_script.main([*map(str, [*train, "--save_strategy", "no", "--disable_tqdm", "true"])])
+    capsys.readouterr()
+    plan = ["--plan", "--adapter_path", tmp_path / "a", "--plan_json", tmp_path / "p.json", *PLAN_RATES]
+    trainer_script.main([*map(str, [*flags, *plan])])
+    planned = json.loads((tmp_path / "p.json").read_text())["parameters"]
+    assert planned["trainable"] == record["parameters"]["trainable"]
+
+
+def test_flash_attention_is_planned_for_a_gpu_that_is_elsewhere(tiny_model, labelled, tmp_path):
+    flags = ["--base_model", tiny_model, "--dataset_name", labelled, "--plan", *PLAN_RATES, "--gpu_memory", 24]
+    plans = []
+    for attention in ("sdpa", "flash_attention_2"):
+        file = tmp_path / f"{attention}.json"
+        words = [*flags, "--attn_implementation", attention, "--plan_json", file]
+        trainer_script.main([*map(str, words)])
+        plans.append([line["gpu"] for line in json.loads(file.read_text())["layouts"]])
+    assert plans[0] and plans[0] == plans[1]
 
 
 def test_a_run_takes_the_memory_that_was_planned(tmp_path):

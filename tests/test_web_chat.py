@@ -24,10 +24,10 @@ pytest.importorskip("gradio", reason="Gradio is not installed: pip install -r re
 import torch  # noqa: E402
 from test_chat import adapted, chat_of, endless, saved  # noqa: E402, F401 - fixtures
 
-from bhpeft.chat import Settings  # noqa: E402
+from bhpeft.chat_settings import Settings  # noqa: E402
 from bhpeft.errors import InputError  # noqa: E402
 from bhpeft.token_uncertainty import TokenUncertainty, token_uncertainty  # noqa: E402
-from bhpeft.web_chat import ALL, WEIGHTS, Session, Turn, as_html, free_port, messages, opacity  # noqa: E402
+from bhpeft.web_chat import ALL, WEIGHTS, Session, Turn, around, as_html, free_port, messages, opacity  # noqa: E402
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -72,6 +72,11 @@ def test_a_session_answers_on_both_sides_with_histories_of_their_own(tiny_model)
     with pytest.raises(InputError, match="leave 122"):
         list(session.talk("page", talks, "Do bees fly? " * 60, settings))
     assert torch.is_grad_enabled()
+
+
+def test_a_slider_holds_what_was_asked_for_on_the_command_line():
+    assert around(0.7, 0.05, 2) == (0.05, 2, 0.7) and around(3, 0.05, 2) == (0.05, 3, 3)
+    assert around(0.01, 0.05, 1) == (0.01, 1, 0.01)
 
 
 def test_a_taken_port_is_one_line():

@@ -269,7 +269,8 @@ def _load_adapter(base: PreTrainedModel, path: str, base_name: str) -> PeftModel
 def _check_places(model: PeftModel, path: str, base_name: str) -> None:
     """Raise `InputError` unless each weight of the adapter's file has a place in the model, and each place a weight:
     peft passes over what a base of another depth has too many or too few of."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # As state_dict() names them, without what 4-bit weights would put beside themselves.
+    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     wanted = set(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False))
     # Embeddings that were trained with it go by their own names: peft does not count them as the adapter's.
     stray = (wanted ^ set(weight_shapes(path))) - (set(state) - wanted)

@@ -28,7 +28,7 @@ def drawn_noise(model: nn.Module, samples: int, seed: int = 0) -> list[torch.Ten
     """
     layers = gaussian_layers(model)
     if not layers:
-        raise ValueError("no Gaussian weights to sample; train with --bayesian down or all")
+        raise ValueError("no Gaussian weights to sample; train bh-peft or bayesian-lora")
     generator = torch.Generator().manual_seed(seed)
     half = [
         torch.randn(-(-samples // 2), layer.out_features, layer.in_features, generator=generator) for layer in layers

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -157,10 +157,13 @@ def meta_model(
         config.pad_token_id = 0
     auto = AutoModelForCausalLM if question.head == "lm" else HEADS[question.head]
     with whole_weights(), torch.device("meta"):
-        base = auto.from_config(config, dtype=dtype, attn_implementation=run.base.attn_implementation)
+        base = _from_config(auto, config, dtype, run.base.attn_implementation)
         base.requires_grad_(False)
         quantised = linear_layers(base, with_head=question.head != "lm")
         train_too = list(run.adapter.modules_to_save or [])
+        if run.adapter.adapter_path:  # peft saves the names that heads have in any architecture
+            names = {part for name, _ in base.named_modules() for part in (name, name.rpartition(".")[2])}
+            train_too = [name for name in train_too if name in names]
         if question.head != "lm":
             train_too = head_modules(base, _missing(base, base_name)) + train_too
         # A new adapter of the same shape: what an existing one holds, or a prompt starts from, changes no size.
@@ -181,13 +184,16 @@ def check_names(run, config: PretrainedConfig, base_name: str, question: Questio
     Raises:
         InputError: `--target_modules`, `--modules_to_save` or `--attn_implementation` name nothing that there is.
     """
-    attention = run.base.attn_implementation
-    if run.adapter.adapter_path or not (run.adapter.target_modules or run.adapter.modules_to_save or attention):
-        return
-    try:
+    given = run.adapter.target_modules or run.adapter.modules_to_save or run.base.attn_implementation
+    if given and not run.adapter.adapter_path:
         meta_model(run, config, base_name, question, DTYPES[run.precision])
+
+
+def _from_config(auto, config: PretrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    try:
+        return auto.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, ImportError) as error:
-        if isinstance(error, InputError) or attention is None:
+        if attention is None:
             raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--attn_implementation {attention}: {reason}") from error

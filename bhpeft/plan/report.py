@@ -13,7 +13,7 @@ import torch
 from bhpeft.adapters import adopt_settings, base_model_of
 from bhpeft.adapters.architectures import attention_shape
 from bhpeft.adapters.posterior import TOKENS, rows_at_once
-from bhpeft.base_model import load_config
+from bhpeft.base_model import check_positions, load_config
 from bhpeft.config import Run, adopt_task
 from bhpeft.environment import DTYPES, is_main_process, resident_bytes, under_deepspeed
 from bhpeft.files import write_atomic
@@ -51,9 +51,13 @@ class Plan:
         if run.adapter.adapter_path:
             adopt_settings(run.adapter)
             adopt_task(run)
+        if "flash" in (run.base.attn_implementation or "") and run.plan.gpu_memory:
+            # Not to be had on a machine without that GPU; it keeps as little as the fused attention that torch has.
+            run.base.attn_implementation = "sdpa"
         self.base_name = run.base.base_model or base_model_of(run.adapter.adapter_path)
         self.config = load_config(self.base_name, run.base.revision)
         self.question = question_of(run, self.config)
+        check_positions(self.config, run.data.max_length)
         found = machine.gpu_bytes()
         self.gpu_limit = run.plan.gpu_memory * GIB if run.plan.gpu_memory else found
         self.on_gpu = self.gpu_limit is not None

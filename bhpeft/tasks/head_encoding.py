@@ -32,7 +32,10 @@ class Standardiser:
         """
         values = array("d", (float(example.answer) for example in examples))
         mean = math.fsum(values) / len(values)
-        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        try:
+            deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        except OverflowError:
+            raise InputError(f"training answers as large as {max(values, key=abs):g} cannot be standardised") from None
         if not deviation > 0:
             raise InputError(f"all {len(values)} training answers are {values[0]:g}: there is nothing to learn")
         return cls(mean, deviation)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from bhpeft.errors import InputError, nearest
 from bhpeft.tasks.example import Example, Task, at_most, hold_out, keep_fraction, same_input, where
@@ -58,7 +59,7 @@ def read_source(arguments, notes: list[str], with_training: bool, keep: Keep = l
         source = Source(train, test or None, known.task_type, known.labels, known.instruction)
     elif name.lower().endswith(tuple(READERS)):
         source = Source(keep(stream_examples(name, *columns)), None)
-    elif "/" in name:
+    elif "/" in name and not Path(name).exists():
         source = Source(*read_hub(name, *columns))
     else:
         kinds = ", ".join(READERS)
