@@ -43,6 +43,7 @@ from bhpeft.config import (
     Run,
     adopt_adapter,
     adopt_task,
+    check_embeddings,
     check_output_dir,
     goes_on,
     name_run,
@@ -115,6 +116,7 @@ def prepare(run: Run) -> Job:
     if run.adapter.adapter_path:
         adopt_adapter(run)
         trained_labels = adopt_task(run)
+    check_embeddings(run)
     if run.data.posterior_samples and not is_bayesian(run.adapter):
         raise InputError(f"--posterior_samples: {run.adapter.adapter_name} has no Gaussian weights; {GAUSSIAN}")
     if run.rounds.on and run.rounds.carry == "posterior" and not is_bayesian(run.adapter):
@@ -161,7 +163,8 @@ def prepare(run: Run) -> Job:
     validation_rows = encoder.train_rows(task.validation, notes) if training.do_eval else None
     test_rows = encoder.test_rows(task.test, notes)
     ood_rows = encode_ood(encoder, ood, notes)
-    generates = not with_head and run.data.predict_by == "generate" and (training.do_predict or training.do_eval)
+    answers = training.do_predict or training.do_eval or run.output.compare_base
+    generates = not with_head and run.data.predict_by == "generate" and answers
     beside = 0 if with_head else virtual_tokens(run.adapter) + run.data.max_new_tokens * generates
     check_positions(config, run.data.max_length + beside)
     check_names(run, config, base_name, Question(head, len(task.labels)))

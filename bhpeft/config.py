@@ -156,10 +156,6 @@ def _check(run: Run) -> None:
             raise InputError(f"--{name}: is about validation rows; give --do_eval as well")
     if not run.adapter.adapter_path:
         _leave_out_idle(run)
-    if run.training.label_smoothing_factor and run.adapter.adapter_name == "prompt-tuning":
-        raise InputError("--label_smoothing_factor with prompt-tuning: it takes virtual tokens for text; leave it out")
-    if run.training.neftune_noise_alpha and run.adapter.adapter_name == "prompt-tuning":
-        raise InputError("--neftune_noise_alpha with prompt-tuning: its embeddings are what is trained; leave it out")
     for name, needed in IDLE_WITHOUT.items():
         if name in run.given and not getattr(run.data, needed):
             run.notes.append(f"--{name}: has no effect without --{needed}")
@@ -182,9 +178,23 @@ def adopt_adapter(run: Run) -> None:
     """Take over what the adapter at `--adapter_path` is; say which flags ask for something else."""
     asked = dict(vars(run.adapter))
     adopt_settings(run.adapter)
-    for flag in sorted(run.given & asked.keys() - {"target_modules"}):
+    own = set(ADAPTER_OWN.get(run.adapter.adapter_name, BH_PEFT_OWN)) | {"adapter_name"}
+    for flag in sorted(run.given & own - {"target_modules"}):
         if (has := getattr(run.adapter, flag)) != asked[flag]:
             run.notes.append(f"--{flag} {asked[flag]}: has no effect; the adapter at --adapter_path has {has}")
+    _leave_out_idle(run)
+
+
+def check_embeddings(run: Run) -> None:
+    """Raise `InputError` for settings that take embeddings or logits for those of text alone, where a prompt is tuned;
+    the adapter's settings are adopted."""
+    if run.training.do_train and run.adapter.adapter_name == "prompt-tuning":
+        for name, why in (
+            ("label_smoothing_factor", "it takes virtual tokens for text"),
+            ("neftune_noise_alpha", "its embeddings are what is trained"),
+        ):
+            if getattr(run.training, name):
+                raise InputError(f"--{name} with prompt-tuning: {why}; leave it out")
 
 
 def _check_resume(run: Run) -> None:

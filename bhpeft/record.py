@@ -154,9 +154,11 @@ def write_run(
         say(f"adapter         {Path(run.training.output_dir)}")
     if rounds is not None:
         say("rounds          " + ", ".join(map(str, rounds_files)))
-    for file in files.own():  # what that run left and this one does not write would be taken for this one's
-        if file not in written and file.is_file():
-            file.unlink()
+    # What an earlier run of this name left and this one does not write would be taken for this one's.
+    left = files.left if run.output.overwrite else [files.ood_predictions, files.rounds, files.plots / "rounds.png"]
+    for file in left:
+        if file not in written and not files.judged(file):
+            file.unlink(missing_ok=True)
     write_metrics(files.metrics, record)  # last of all: a run that has it is finished
     say(f"figures         {files.metrics}")
     where = "" if files.results_dir.resolve() == RESULTS else f" --results_dir {files.results_dir}"

@@ -385,7 +385,8 @@ def check_run_name(name: str) -> str:
 class RunFiles:
     """Where a run's files lie under `results_dir`; `InputError` for a run name that is no file name.
 
-    `plots` is the run's own folder; `descriptions` is the one file all runs share.
+    `plots` is the run's own folder; `descriptions` is the one file all runs share; `left` are the files that an earlier
+    run of the name had left when `check_free` looked.
     """
 
     def __init__(self, results_dir: str | Path, run_name: str):
@@ -398,6 +399,7 @@ class RunFiles:
         self.rounds = self.results_dir / "rounds" / f"{run_name}.csv"
         self.plots = self.results_dir / "plots" / run_name
         self.descriptions = self.results_dir / "model_descriptions"
+        self.left: list[Path] = []
 
     def check_free(self, overwrite: bool) -> None:
         """Raise `InputError` if a file of this run exists and may not be replaced, or a file stands for the folder.
@@ -410,8 +412,9 @@ class RunFiles:
         for path in self.own():
             if path.exists() and not overwrite:
                 raise InputError(f"{path} exists; choose another --run_name or pass --overwrite.")
+        self.left = [path for path in self.own() if path.is_file()]
         for path in self.judgements():
-            if any(row.factual is not None or row.justifies is not None for row in read_human_evaluation(path)):
+            if self.judged(path):
                 raise InputError(f"{path} holds scores a person gave; move it away, or choose another --run_name.")
 
     def own(self) -> list[Path]:
@@ -419,6 +422,12 @@ class RunFiles:
         but for what annotators judged."""
         files = [self.model_outputs, self.human_evaluation, self.predictions, self.ood_predictions, self.metrics]
         return [*files, self.rounds, *sorted(self.plots.glob("*"))]
+
+    def judged(self, path: Path) -> bool:
+        """Whether a file of this run holds scores that a person gave."""
+        if path not in self.judgements() or not path.is_file():
+            return False
+        return any(row.factual is not None or row.justifies is not None for row in read_human_evaluation(path))
 
     def judgements(self) -> list[Path]:
         """The files of human evaluation of this run: RUN.csv, and RUN.ANNOTATOR.csv of each annotator."""

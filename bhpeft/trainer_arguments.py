@@ -75,6 +75,8 @@ class TrainerArguments(TrainingArguments):
             )
         super().__post_init__()
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if isinstance(getattr(self, name, None), str):
+                raise InputError(f"--{name} {getattr(self, name)}: must be a mapping in JSON")
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise InputError(
                     f"--{name} use_reentrant: not here; its first pass keeps no graph, so that the KL of Gaussian "

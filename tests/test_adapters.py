@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import OFTConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, LlamaConfig
 
 from bhpeft.adapters import adopt_settings, attach_adapter, check_adapter, target_modules_for
@@ -169,10 +169,26 @@ def test_an_adapter_of_a_base_of_another_depth_is_refused(layers, tiny_model, ad
         attach_adapter(other, AdapterArguments(adapter_path=str(adapter_folder[0])), str(tiny_model))
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "input_layernorm", "lm_head"])
+def test_an_adapter_of_another_kind_with_buffers_that_are_not_saved_is_loaded(tiny_model, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    stock = get_peft_model(base, OFTConfig(oft_block_size=16, task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if "oft_R" in name:
+                parameter.normal_(std=0.1)
+    stock.save_pretrained(tmp_path / "oft", save_embedding_layers=False)
+    arguments = AdapterArguments(adapter_path=str(tmp_path / "oft"))
+    ours = attach_adapter(load_base_model(str(tiny_model)), arguments, str(tiny_model)).eval()
+    ids = torch.arange(3, 9)[None]
+    assert torch.allclose(ours(ids).logits, stock(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "input_layernorm", "self_attn", "lm_head"])
 def test_modules_trained_within_a_half_precision_base_give_it_its_own_dtype(name, tiny_model):
     base = load_base_model(str(tiny_model), precision="bf16")
-    model = attach_adapter(base, AdapterArguments(adapter_name="lora"), str(tiny_model), train_too=[name]).eval()
+    arguments = AdapterArguments(target_modules=["gate_proj"])
+    model = attach_adapter(base, arguments, str(tiny_model), train_too=[name]).eval()
     ids = torch.arange(3, 9)[None]
     config = GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=2)
     assert generate(model, ids, torch.ones_like(ids), config).shape == (1, 3)

@@ -124,6 +124,8 @@ FLAGS = [
     ("--eval_do_concat_batches false", "--eval_do_concat_batches"),
     ("--accelerator_config nowhere.json", "nowhere.json", "No such file"),
     ("--config key.yaml --config nowhere.yaml", "--config", "twice"),
+    ("--adapter_name prompt-tuning --label_smoothing_factor 0.1", "--label_smoothing_factor", "virtual tokens"),
+    ("--adapter_name prompt-tuning --neftune_noise_alpha 5", "--neftune_noise_alpha", "what is trained"),
     ("--bayesian down --posterior_samples 10", "--posterior_samples", "lora has no Gaussian", "bh-peft"),
     ("--plan --max_length 5000", "--max_length", "128 positions"),
     ("--plan --attn_implementation magic", "--attn_implementation magic"),

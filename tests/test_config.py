@@ -90,8 +90,7 @@ def test_lists_booleans_and_nothing_in_a_recipe(tmp_path):
         (["--save_only_model", "true"], ["--save_only_model", "--resume needs"]),
         (["--metric_for_best_model", "accuracy"], ["--metric_for_best_model accuracy", "give eval_loss"]),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], ["use_reentrant", "no gradient"]),
-        (["--label_smoothing_factor", "0.1", "--adapter_name", "prompt-tuning"], ["--label_smoothing_factor"]),
-        (["--neftune_noise_alpha", "5", "--adapter_name", "prompt-tuning"], ["--neftune_noise_alpha"]),
+        (["--gradient_checkpointing_kwargs", "foo"], ["--gradient_checkpointing_kwargs foo", "JSON"]),
         (["--prior-widening", "2"], ["--prior_widening", "rounds"]),
     ],
 )
@@ -217,12 +216,14 @@ def test_flags_that_an_existing_adapter_overrules_are_said(tmp_path):
     saved = {"peft_type": "LORA", "base_model_name_or_path": "m", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
     (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
     (tmp_path / "adapter_model.safetensors").write_text("")
-    flags = ["--adapter_path", str(tmp_path), "--lora_rank", "4", "--lora_alpha", "16"]
+    flags = ["--adapter_path", str(tmp_path), "--lora_rank", "4", "--lora_alpha", "16", "--prefix_length", "17"]
     run = parse_arguments([*BASE, *flags])
     adopt_adapter(run)
     assert [note for note in run.notes if "no effect" in note] == [
-        "--lora_rank 4: has no effect; the adapter at --adapter_path has 8"
+        "--lora_rank 4: has no effect; the adapter at --adapter_path has 8",
+        "--prefix_length: has no effect with --adapter_name lora",
     ]
+    assert run.adapter.prefix_length == 30
 
 
 @pytest.mark.parametrize(("gpus", "used"), [(0, 0), (1, 1), (4, 1)])

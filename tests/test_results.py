@@ -318,6 +318,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     results.describe_run(run.descriptions, record())  # shared by all runs: does not count
     run.check_free(overwrite=False)
     head = "index,query,model output,factual,justifies\n"
+    assert run.left == []
     assert not run.plots.exists()  # a run that fails after this leaves no folder of its name
     run.plots.mkdir()
     for path in (run.model_outputs, run.human_evaluation, run.predictions, run.metrics, run.plots / "a.png"):
@@ -325,6 +326,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
         with pytest.raises(InputError, match=re.escape(f"{path} exists; choose another --run_name or pass")):
             run.check_free(overwrite=False)
         run.check_free(overwrite=True)
+        assert run.left == [path] and not run.judged(path)
         path.unlink()
     for judged in ("0,a,b,1,\n", "0,a,b,0,0\n"):  # what a person gave is never replaced
         run.human_evaluation.write_text(head + judged)

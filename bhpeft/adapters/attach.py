@@ -19,8 +19,6 @@ from bhpeft.adapters.bh_peft import PEFT_TYPE, PRESETS, BhPeftConfig
 from bhpeft.adapters.stock import lora_config, prompt_tuning_config
 from bhpeft.errors import InputError
 
-# What stands at a model's end, whose logits stay in full precision; or before such a head.
-LAST = {"score", "classifier", "pre_classifier", "pooler", "lm_head", "embed_out"}
 OUTPUT_LAYER = re.compile(r"\.(score|classifier|classifier\.out_proj)\.weight$")
 # What peft wraps a model in, by what it answers: it has no name for multiple choice, whose arguments it passes on.
 PEFT_TASKS = {
@@ -227,7 +225,8 @@ def attach_adapter(
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.register_forward_pre_hook(_cast_input)
-            if not LAST & set(name.split(".")):
+            place = name.removeprefix("base_model.model.")
+            if place.startswith(f"{base.base_model_prefix}.") and "pooler" not in place:  # no head: the base goes on
                 module.register_forward_hook(_cast_output)
     return model
 
@@ -243,6 +242,8 @@ def _cast_output(module: ModulesToSaveWrapper, inputs: tuple, output):
     """What goes back into a half-precision base, in its dtype: accelerate's autocast covers training, and not
     `generate`."""
     frozen = next(module.original_module.parameters()).dtype
+    if isinstance(output, tuple):
+        return tuple(_cast_output(module, inputs, part) for part in output)
     floating = isinstance(output, torch.Tensor) and output.is_floating_point()
     return output.to(frozen) if floating else output
 
@@ -271,9 +272,13 @@ def _check_places(model: PeftModel, path: str, base_name: str) -> None:
     peft passes over what a base of another depth has too many or too few of."""
     # As state_dict() names them, without what 4-bit weights would put beside themselves.
     state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    wanted = set(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False))
+    found = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    file = set(weight_shapes(path))
+    trained = {
+        name for name, tensor in found.items() if tensor.requires_grad
+    }  # not what peft makes anew, or keeps beside
     # Embeddings that were trained with it go by their own names: peft does not count them as the adapter's.
-    stray = (wanted ^ set(weight_shapes(path))) - (set(state) - wanted)
+    stray = (trained - file) | (file - set(found) - set(state))
     if stray:
         raise InputError(
             f"--adapter_path {path}: does not fit {base_name}: {min(stray)} is only in one of the two; give the base "

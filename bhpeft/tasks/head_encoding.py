@@ -31,8 +31,8 @@ class Standardiser:
             InputError: all answers are the same number, so that there is nothing to learn.
         """
         values = array("d", (float(example.answer) for example in examples))
-        mean = math.fsum(values) / len(values)
         try:
+            mean = math.fsum(values) / len(values)
             deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
         except OverflowError:
             raise InputError(f"training answers as large as {max(values, key=abs):g} cannot be standardised") from None

@@ -59,7 +59,7 @@ def read_source(arguments, notes: list[str], with_training: bool, keep: Keep = l
         source = Source(train, test or None, known.task_type, known.labels, known.instruction)
     elif name.lower().endswith(tuple(READERS)):
         source = Source(keep(stream_examples(name, *columns)), None)
-    elif "/" in name and not Path(name).exists():
+    elif "/" in name and not Path(name).is_file():
         source = Source(*read_hub(name, *columns))
     else:
         kinds = ", ".join(READERS)
@@ -102,7 +102,7 @@ def load_task(
         train, test = [], source.test if source.test is not None else examples
     elif source.test is not None:
         test = source.test
-        tested = _groups_that_meet(name, examples, test)
+        tested = _groups_that_meet(name if arguments.test_file else "", examples, test)
         train = where(examples, lambda example: example.group not in tested)
         if len(train) < len(examples):
             notes.append(f"{len(examples) - len(train)} training rows also stand in the test rows: not trained on")
