@@ -224,28 +224,31 @@ def attach_adapter(
             parameter.data = parameter.data.float()
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            module.register_forward_pre_hook(_cast_input)
+            module.register_forward_pre_hook(_cast_input, with_kwargs=True)
             place = name.removeprefix("base_model.model.")
             if place.startswith(f"{base.base_model_prefix}.") and "pooler" not in place:  # no head: the base goes on
                 module.register_forward_hook(_cast_output)
     return model
 
 
-def _cast_input(module: ModulesToSaveWrapper, inputs: tuple) -> tuple:
-    """What comes from a half-precision base, in the dtype of the head, which is trained in fp32."""
+def _cast_input(module: ModulesToSaveWrapper, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+    """What comes from a half-precision base, in the dtype of the module, which is trained in fp32."""
     used = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
     dtype = next(used.parameters()).dtype
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+    return _cast(inputs, dtype), {name: _cast(value, dtype) for name, value in named.items()}
 
 
 def _cast_output(module: ModulesToSaveWrapper, inputs: tuple, output):
     """What goes back into a half-precision base, in its dtype: accelerate's autocast covers training, and not
     `generate`."""
-    frozen = next(module.original_module.parameters()).dtype
-    if isinstance(output, tuple):
-        return tuple(_cast_output(module, inputs, part) for part in output)
-    floating = isinstance(output, torch.Tensor) and output.is_floating_point()
-    return output.to(frozen) if floating else output
+    return _cast(output, next(module.original_module.parameters()).dtype)
+
+
+def _cast(value, dtype: torch.dtype):
+    """Numbers with a point, also in tuples, in this dtype; all else as it is."""
+    if type(value) is tuple:
+        return tuple(_cast(part, dtype) for part in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _load_adapter(base: PreTrainedModel, path: str, base_name: str) -> PeftModel:
