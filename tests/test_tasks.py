@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from bhpeft.arguments import DataArguments
 from bhpeft.errors import InputError
-from bhpeft.tasks import Example, load_task
+from bhpeft.tasks import Example, load, load_task
 from bhpeft.tasks.encoding import IGNORED, Collator, Encoder
 from bhpeft.tasks.example import at_most, hold_out, keep_fraction
 from bhpeft.tasks.generics import read_generics
@@ -94,6 +94,33 @@ def test_a_file_keeps_whole_generics_from_training(file, generics, tmp_path):
     assert len(trained) >= 33 and not trained & {"kind1s fly.", "kind3s fly."}
     assert {e.query for e in (task.test if file == "test_file" else task.validation)} <= set(asked)
     assert any("not trained on" in note for note in task.notes)
+
+
+def test_conversations_of_a_known_split_are_told_apart_by_themselves_not_by_what_many_say(monkeypatch):
+    """ "Continue" stands in many of them; the dataset's own test has conversations of its own."""
+
+    def rows(*trees):
+        return [
+            Example(f"{tree}-{said}", said, "Well.", tree) for tree in trees for said in (f"About {tree}?", "Continue")
+        ]
+
+    splits = {"train": rows("a", "b", "c", "d"), "test": rows("c", "e")}
+    monkeypatch.setattr(load, "read_known", lambda name, split, *more: splits[split])
+    task = load_task(DataArguments(dataset_name="oasst1"), 0)
+    assert {e.group for e in task.train} == {"a", "b", "d"} and {e.group for e in task.test} == {"c", "e"}
+
+
+def test_a_folder_of_files_is_read_and_a_file_of_another_kind_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/talks").mkdir(parents=True)
+    for name, count in (("train", 30), ("test", 6)):
+        text = "text_input,text_label\n" + "".join(f"{name} {i},{'yes' if i % 2 else 'no'}\n" for i in range(count))
+        (tmp_path / f"data/talks/{name}.csv").write_text(text)
+    task = load_task(DataArguments(dataset_name="data/talks"), 0)
+    assert (len(task.train), len(task.test), task.labels) == (30, 6, ("no", "yes"))
+    (tmp_path / "data/rows.txt").write_text("text_input,text_label\na,yes\n")
+    with pytest.raises(InputError, match=r"data/rows\.txt: unknown.*a file ending in"):
+        load_task(DataArguments(dataset_name="data/rows.txt"), 0)
 
 
 def test_questions_of_a_generic_are_one_group_however_it_is_spaced(tmp_path):
