@@ -377,8 +377,8 @@ def check_run_name(name: str) -> str:
     """Return the run name; `InputError` unless it is 1 to 100 letters, digits, '.', '_' or '-', not ending in .ood."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name) or name in (".", ".."):
         raise InputError(f"--run_name {name!r} is no file name; use 1 to 100 letters, digits, '.', '_', '-'.")
-    if (end := OOD_SUFFIX.removesuffix(".csv")) and name.endswith(end):
-        raise InputError(f"--run_name {name!r}: '{end}' at its end marks another run's rows of another domain.")
+    if f"{name}.csv".endswith(OOD_SUFFIX):
+        raise InputError(f"--run_name {name!r}: '.ood' at its end marks another run's rows of another domain.")
     return name
 
 

@@ -260,13 +260,13 @@ def _load_adapter(base: PreTrainedModel, path: str, base_name: str) -> PeftModel
         lines = str(error).strip().splitlines()
         reason = lines[min(1, len(lines) - 1)].strip()  # the first line of torch's only says that something is wrong
         raise InputError(f"--adapter_path {path}: does not fit {base_name} ({reason})") from error
-    if not prompt_learning:
-        _check_places(model, path, base_name)
     if prompt_learning:
         # Also for a test alone: in inference mode peft reads the embedding's weight directly, and under ZeRO-3 only
         # the forward pass of its module makes it whole.
         model.active_peft_config.inference_mode = False
         model.prompt_encoder.requires_grad_(True)
+    else:
+        _check_places(model, path, base_name)
     return model
 
 
@@ -277,9 +277,7 @@ def _check_places(model: PeftModel, path: str, base_name: str) -> None:
     state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     found = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     file = set(weight_shapes(path))
-    trained = {
-        name for name, tensor in found.items() if tensor.requires_grad
-    }  # not what peft makes anew, or keeps beside
+    trained = {name for name, tensor in found.items() if tensor.requires_grad}  # buffers may be made anew
     # Embeddings that were trained with it go by their own names: peft does not count them as the adapter's.
     stray = (trained - file) | (file - set(found) - set(state))
     if stray:
